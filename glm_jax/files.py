@@ -1,0 +1,45 @@
+"""Writing small files whole: a reader sees the old file or the new one, never a half."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity as None, at any depth: JSON has neither."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8, replacing `path` only when every byte is on the disk."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself lasts only when the folder is on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON with sorted keys, so that equal values give equal bytes."""
+    text = json.dumps(finite(value), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+    write_text_atomic(path, text + "\n")
