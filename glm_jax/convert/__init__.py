@@ -1,0 +1,1 @@
+"""Released checkpoints to our parameter tree and back, driven by the weight tables."""

@@ -1,0 +1,268 @@
+"""Hugging Face folders: a model from one, streamed into sharded arrays, and one from a model."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from glm_jax.convert.released import Released, read_json, write_safetensors
+from glm_jax.errors import UserError
+from glm_jax.models import architecture_of, head_of
+from glm_jax.models.weights import Weight
+from glm_jax.parallel.mesh import make_mesh, sharding
+
+HEAD = "score"  # the classification head, which a pre-trained folder does not hold
+
+
+def flat(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter of a model by its dotted path."""
+    state = nnx.state(model, nnx.Param)
+    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+
+
+def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.float32,
+               param_dtype: Any = None, mesh: Mesh | None = None, seed: int = 0,
+               **overrides: Any) -> Any:
+    """A model with the weights of a Hugging Face folder.
+
+    Each device's part of each parameter is read by itself: no whole checkpoint is held.
+
+    Args:
+      folder: holds `config.json` and safetensors files.
+      head: `lm`, `sequence` or `token`; by default the one that `config.json` names. Another
+        classification head than that begins random, from `seed`, where the folder has none.
+      dtype: what the model computes in; `param_dtype`, what it keeps: `dtype` by default.
+      mesh: where the parameters lie; one device by default.
+      overrides: config fields that replace those of the file (`id2label=…`).
+
+    Raises:
+      UserError: for a folder that is missing, damaged, or does not fit the config: missing,
+        unexpected or mis-shaped tensors by name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a Hugging Face checkpoint folder is wanted")
+    raw = read_json(folder / "config.json")
+    architecture = architecture_of(raw, str(folder / "config.json"))
+    fields = [field.name for field in dataclasses.fields(architecture.config)]
+    if unknown := [name for name in overrides if name not in fields]:
+        near = difflib.get_close_matches(unknown[0], [*fields, "dtype", "head", "mesh"], 1)
+        raise UserError(f"{unknown[0]!r} is no field of a {architecture.name} config"
+                        + (f"; is {near[0]!r} meant?" if near else ""))
+    config = architecture.config.from_dict({**raw, **overrides})
+    named = head_of(raw, architecture)
+    return assemble(architecture, config, head or named, Released(folder), dtype=dtype,
+                    param_dtype=param_dtype or dtype, mesh=mesh or make_mesh({"data": 1}),
+                    seed=seed, new_head=(head or named) != named)
+
+
+def init_model(architecture: Any, config: Any, head: str, *, dtype: Any = jnp.float32,
+               param_dtype: Any = None, mesh: Mesh | None = None, seed: int = 0) -> Any:
+    """The same model with random weights: truncated at nothing, std `initializer_range`."""
+    return assemble(architecture, config, head, None, dtype=dtype, param_dtype=param_dtype or dtype,
+                    mesh=mesh or make_mesh({"data": 1}), seed=seed)
+
+
+def assemble(architecture: Any, config: Any, head: str, released: Released | None, *, dtype: Any,
+             param_dtype: Any, mesh: Mesh, seed: int, new_head: bool = True) -> Any:
+    """Builds the module abstractly, then fills each parameter from the file or at random."""
+    def build() -> Any:
+        return architecture.model(config, head, dtype, rngs=nnx.Rngs(seed))
+
+    model = nnx.eval_shape(build)
+    abstract = flat(model)
+    table = architecture.weights(config, head)
+    random: set[str] = set(abstract)
+    if released is not None:
+        random = check(released, table, abstract, new_head)
+    shardings = {path: sharding(p.get_metadata("axes"), p.get_value().shape, mesh)
+                 for path, p in abstract.items()}
+    initial: dict[str, jax.Array] = {}
+    if random:
+        def draw() -> dict[str, jax.Array]:
+            drawn = flat(build())
+            return {path: drawn[path].get_value().astype(param_dtype) for path in sorted(random)}
+        initial = jax.jit(draw, out_shardings={path: shardings[path] for path in random})()
+    readers = _readers(released, table, abstract) if released is not None else {}
+    for path, param in abstract.items():
+        shape = param.get_value().shape
+        param.set_value(initial[path] if path in random else
+                        _sharded(shape, shardings[path], readers[path], param_dtype))
+    nnx.update(model, nnx.from_flat_state(
+        [(tuple(path.split(".")), param) for path, param in abstract.items()]))
+    return model
+
+
+def check(released: Released, table: list[Weight], abstract: dict[str, nnx.Param],
+          new_head: bool) -> set[str]:
+    """Holds a folder's tensors to the table; returns the parameters that must begin random.
+
+    Those are at most the classification head's, and only with `new_head`.
+
+    Raises:
+      UserError: listing what is missing, unexpected and mis-shaped.
+    """
+    faults: list[str] = []
+    expected: set[str] = set()
+    random: set[str] = set()
+    for row in table:
+        shapes = [abstract[path].get_value().shape for path in row.paths]
+        count = shapes[0][0] if row.per_layer else 1
+        for layer in range(count):
+            name = row.name.format(layer)
+            expected.add(name)
+            parts = [s[1:] if row.per_layer else s for s in shapes]
+            parts = [s[::-1] if row.transpose else s for s in parts]
+            shape = (sum(s[0] for s in parts), *parts[0][1:])
+            if name not in released.shapes:
+                if new_head and row.path[:len(HEAD) + 1] == HEAD + ".":
+                    random.update(row.paths)
+                else:
+                    faults.append(f"missing: {name} {list(shape)}")
+            elif released.shapes[name] != shape:
+                faults.append(f"wrong shape: {name} is {list(released.shapes[name])}, "
+                              f"the config wants {list(shape)}")
+    ignored = ("lm_head.weight", "score.weight", "score.bias")
+    faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
+               if name not in expected and name not in ignored]
+    if faults:
+        more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise UserError(f"{released.folder}: the weights do not fit config.json:\n  "
+                        + "\n  ".join(faults[:10]) + more)
+    return random
+
+
+Reader = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def _readers(released: Released, table: list[Weight], abstract: dict[str, nnx.Param]
+             ) -> dict[str, Reader]:
+    """For each of our parameters, the function that reads any slice of it."""
+    readers: dict[str, Reader] = {}
+    for row in table:
+        start = 0
+        for path in row.paths:
+            shape = abstract[path].get_value().shape
+            rows = shape[-1] if row.transpose else shape[1 if row.per_layer else 0]
+            readers[path] = _reader(released, row, shape, start)
+            start += rows
+    return readers
+
+
+def _reader(released: Released, row: Weight, shape: tuple[int, ...], start: int) -> Reader:
+    def matrix(name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+        if row.transpose:
+            bounds.reverse()
+        bounds[0] = slice(bounds[0].start + start, bounds[0].stop + start)
+        part = released.read(name, tuple(bounds))
+        return part.T if row.transpose else part
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not row.per_layer:
+            return matrix(row.name, index, shape)
+        layers = range(*index[0].indices(shape[0]))
+        return np.stack([matrix(row.name.format(n), index[1:], shape[1:]) for n in layers])
+
+    return read
+
+
+def _sharded(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Reader, dtype: Any
+             ) -> jax.Array:
+    parts: dict[Any, np.ndarray] = {}  # the callback runs once a device: replicas share a part
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or ()
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = read(index).astype(dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, where, part)
+
+
+def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """The released names and arrays of a model, one at a time, in the order of the table."""
+    architecture = architecture_of(model.config.to_dict())
+    parameters = flat(model)
+    for row in architecture.weights(model.config, model.head):
+        stacked = [parameters[path].get_value() for path in row.paths]
+        for layer in range(stacked[0].shape[0] if row.per_layer else 1):
+            parts = [np.asarray(p[layer] if row.per_layer else p) for p in stacked]
+            joined = np.concatenate([p.T if row.transpose else p for p in parts])
+            yield row.name.format(layer), joined if dtype is None else joined.astype(dtype)
+
+
+def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
+               max_shard_bytes: int = 5 * 10**9, files: dict[str, bytes] | None = None) -> None:
+    """Writes a Hugging Face folder: config, weights and `files`; whole or not at all.
+
+    Args:
+      model: with adapters merged or none.
+      folder: replaced when it is there.
+      dtype: of the tensors; the model's own by default.
+      files: further files by name (tokenizer, generation config, label names).
+    """
+    config = model.config.to_dict()
+    architecture = architecture_of(config)
+    config["architectures"] = [architecture.classes[model.head]]
+    with whole_folder(Path(folder)) as partial:
+        write_safetensors(partial, tensors(model, dtype), max_shard_bytes)
+        kept = np.dtype(dtype or flat(model)["norm.scale"].get_value().dtype).name
+        config["torch_dtype"] = kept
+        (partial / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well.
+
+    Raises:
+      UserError: when nothing can be written there, the disk is full for one; or when `folder`
+        holds anything else than files of a checkpoint, which would be lost.
+    """
+    if folder.exists() and not _replaceable(folder):
+        raise UserError(f"{folder}: is there already and is more than a checkpoint folder; "
+                        "name another, or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror}") from None
+    try:
+        yield partial
+        if folder.exists():  # moved aside first: one of the two is whole at every moment
+            old = partial.with_name(partial.name + "-old")
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    entries = list(folder.iterdir())
+    names = {entry.name for entry in entries}
+    return not entries or (bool(names & {"config.json", "adapter_config.json"})
+                           and not any(entry.is_dir() for entry in entries))

@@ -1,0 +1,59 @@
+"""The architectures: one file each. `architecture_of` tells which one a `config.json` describes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from glm_jax.errors import UserError
+from glm_jax.models import conv_rnn, glm
+from glm_jax.models.config import Config
+from glm_jax.models.weights import Weight
+
+
+class Architecture(NamedTuple):
+    """A row of the registry.
+
+    Attributes:
+      name: ours, unique.
+      matches: whether a `config.json` describes it (`glm` and `chatglm` each name two).
+      config, model: its config class and its module, `model(config, head, dtype, rngs=…)`.
+      weights: its weight table, for a config and a head.
+      classes: the class that Hugging Face calls each head by; none when it has no such model.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    config: type[Config]
+    model: Callable[..., Any]
+    weights: Callable[[Any, str], list[Weight]]
+    classes: Mapping[str, str]
+
+
+REGISTRY = (
+    Architecture(
+        "glm", lambda c: c.get("model_type") == "glm" and "num_hidden_layers" in c,
+        glm.GlmConfig, glm.Glm, glm.weights,
+        {"lm": "GlmForCausalLM", "sequence": "GlmForSequenceClassification",
+         "token": "GlmForTokenClassification"}),
+    Architecture(
+        "conv_rnn", lambda c: c.get("model_type") == "conv_rnn",
+        conv_rnn.ConvRNNConfig, conv_rnn.ConvRNN, conv_rnn.weights, {}),
+)
+
+
+def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """The registry's row for the contents of a `config.json`.
+
+    Raises:
+      UserError: when no architecture has these fields.
+    """
+    for row in REGISTRY:
+        if row.matches(config):
+            return row
+    raise UserError(f"{where}: model_type {config.get('model_type')!r} with these fields is not "
+                    f"supported; supported: {', '.join(row.name for row in REGISTRY)}")
+
+
+def head_of(config: Mapping[str, Any], architecture: Architecture) -> str:
+    """The head that the `architectures` field of a `config.json` names; `lm` without the field."""
+    names = config.get("architectures") or []
+    return next((h for h, name in architecture.classes.items() if name in names), "lm")

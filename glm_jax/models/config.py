@@ -1,0 +1,83 @@
+"""Config dataclasses from `config.json`, in both spellings, and back in the older one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from glm_jax.errors import UserError
+
+_PLAIN = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the configs of all architectures share; fields have the released names.
+
+    Attributes:
+      id2label: names of the classes, by id; the number of classes follows from it.
+      extra: fields of the file that the model does not use, kept for the way back.
+      supported: the values that a field may have where we compute only some of them.
+    """
+
+    # Out of the hash, since a dict has none: a module's static part must be hashable for jit.
+    id2label: Mapping[int, str] | None = dataclasses.field(default=None, hash=False)
+    num_labels: int = 2
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Reads the fields of a `config.json`.
+
+        transformers 4 writes `rope_theta`, `partial_rotary_factor`, `rope_scaling` and
+        `torch_dtype`, transformers 5 `rope_parameters` and `dtype`; both are read.
+
+        Raises:
+          UserError: for a value that this library does not compute, or of a wrong type.
+        """
+        raw = dict(raw)
+        rope = dict(raw.pop("rope_parameters", None) or {})
+        if rope:
+            kind = rope.pop("rope_type", "default")
+            for name in ("rope_theta", "partial_rotary_factor"):
+                if name in rope:
+                    raw[name] = rope.pop(name)
+            if kind != "default":
+                raw["rope_scaling"] = {"rope_type": kind, **rope}
+        if "dtype" in raw:
+            raw["torch_dtype"] = raw.pop("dtype")
+        if names := raw.get("id2label"):
+            try:
+                raw["id2label"] = {int(k): str(v) for k, v in names.items()}
+            except (AttributeError, ValueError):
+                raise UserError("config.json: id2label must be a table of class numbers and "
+                                f"names, not {names!r}") from None
+            raw["num_labels"] = len(names)
+        types = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "extra"}
+        for name, values in cls.supported.items():
+            value = raw.get(name, values[0])
+            if value not in values:
+                raise UserError(f"config.json: {name}={value!r} is not supported; "
+                                f"supported: {', '.join(map(repr, values))}")
+        for name in types.keys() & raw.keys():
+            wanted = _PLAIN.get(types[name])  # type: ignore[arg-type]
+            if wanted and type(raw[name]) not in wanted:
+                raise UserError(f"config.json: {name} must be {wanted[-1].__name__}, "
+                                f"not {raw[name]!r}")
+        known = {name: raw.pop(name) for name in list(raw) if name in types}
+        return cls(**known, extra=raw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The older spelling, which both generations of transformers read."""
+        out = dict(self.extra)
+        for field in dataclasses.fields(self):
+            if field.name not in ("extra", "id2label", "num_labels"):
+                out[field.name] = getattr(self, field.name)
+        names = self.id2label
+        if not names and self.num_labels != 2:  # else the number of classes would be lost
+            names = {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        if names:
+            out["id2label"] = {str(k): v for k, v in names.items()}
+            out["label2id"] = {v: k for k, v in names.items()}
+        return out

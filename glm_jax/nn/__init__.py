@@ -1,0 +1,1 @@
+"""Layers, the mask and the losses: functions on arrays. No model knows another."""

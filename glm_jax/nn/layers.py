@@ -1,0 +1,99 @@
+"""The layers that the models share: linear, embedding, norms, SwiGLU, and stacking for the scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm_jax.parallel.mesh import constrain
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with an optional adapter (see glm_jax/adapters) that may change y.
+
+    Parameters: `kernel [in, out]`, `bias [out]`; their logical axes are `axes`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, axes: tuple[str, str], *,
+                 bias: bool = False, std: float = 0.02, rngs: nnx.Rngs):
+        self.axes = axes
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(out_features), axes=axes[1:])
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`; `key` is for an adapter's dropout."""
+        kernel = constrain(self.kernel[...].astype(x.dtype), *self.axes, gathered=True)
+        y = x @ kernel
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(x.dtype)
+        if hasattr(self, "adapter"):
+            y = self.adapter(x, y, key)
+        return y
+
+
+class Embedding(nnx.Module):
+    """A table `embedding [vocabulary, hidden]`."""
+
+    def __init__(self, size: int, features: int, *, std: float = 0.02, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (size, features)),
+                                   axes=("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """`[batch, length]` int32 `-> [batch, length, hidden]`."""
+        table = constrain(self.embedding[...].astype(dtype), "vocab", "embed", gathered=True)
+        return table[tokens]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (Zhang and Sennrich 2019), the mean in float32, as Hugging Face's."""
+
+    def __init__(self, features: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * wide.astype(x.dtype)
+
+
+@jax.custom_vjp
+def swiglu(packed: jax.Array) -> jax.Array:
+    """silu(gate) * up of `[..., 2 * features]` with the gate first (Shazeer 2020)."""
+    gate, up = jnp.split(packed, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(packed: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    # One concatenation; the derivative of the two slices would pad and add instead.
+    gate, up = jnp.split(packed, 2, axis=-1)
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return (jnp.concatenate((dgate, dy * gate * sigmoid), axis=-1),)
+
+
+swiglu.defvjp(lambda packed: (swiglu(packed), packed), _swiglu_backward)
+
+
+def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers as one module whose parameters have a leading layer axis."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(layer, in_axes=0, out_axes=0))(rngs)
+
+
+def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.Array,
+         *per_layer: Any) -> tuple[jax.Array, Any]:
+    """Runs stacked layers one after another: `x, y = call(layer, x, *slices of per_layer)`.
+
+    One compiled body serves all layers: compile time and the number of collectives don't grow
+    with depth. Returns the last `x` and the stacked `y`.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+        return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
+
+    return jax.lax.scan(body, x, (state, *per_layer))
