@@ -1,0 +1,1 @@
+"""Data: sources, tokenizers, user files, splits and the pre-training corpus."""

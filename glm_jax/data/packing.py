@@ -1,0 +1,175 @@
+"""From examples to batches: what goes into which row, decided ahead, so that a position is enough.
+
+Every batch is a function of (seed, step): the order of the data depends neither on the mesh nor
+on the number of processes, and a Grain iterator resumes at once by its position.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from glm_jax.nn.batch import Batch
+
+WINDOW = 4096  # examples that are packed together: more fill rows better, fewer mix better
+
+
+class Piece(NamedTuple):
+    """One example as arrays: what a task makes of a record.
+
+    Attributes:
+      tokens: `[length]` int32.
+      targets, weights: `[length]`, what each position predicts and how much it counts.
+      label, label_weight: the class of the whole example, read at its last token.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    label: int = 0
+    label_weight: float = 1.0
+
+
+class Source(Protocol):
+    """Examples by number; an epoch may see another rendering of the same example."""
+
+    def lengths(self, epoch: int) -> np.ndarray: ...
+    def piece(self, index: int, epoch: int) -> Piece: ...
+
+
+class Shape(NamedTuple):
+    """The static shape of a batch: rows, their length, and how many examples a row may hold."""
+
+    rows: int
+    length: int
+    examples: int
+
+
+def best_fit(lengths: np.ndarray, order: np.ndarray, shape: Shape) -> list[list[int]]:
+    """Packs examples into rows: the longest first, each into the fullest row that takes it.
+
+    Args:
+      lengths: of all examples; those longer than a row count as a row (they are cut).
+      order: the examples to pack, by number.
+
+    Returns:
+      The examples of each row.
+    """
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(shape.length + 1)]
+    spaces = 0  # bit s is set while some row has s tokens of space
+    for index in order[np.argsort(-lengths[order], kind="stable")]:
+        need = min(int(lengths[index]), shape.length)
+        fitting = spaces >> need
+        if fitting:
+            space = need + (fitting & -fitting).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            row, space = len(rows), shape.length
+            rows.append([])
+        rows[row].append(int(index))
+        if len(rows[row]) < shape.examples:
+            by_space[space - need].append(row)
+            spaces |= 1 << (space - need)
+    return rows
+
+
+def plan(lengths: np.ndarray, shape: Shape, rng: np.random.Generator | None
+         ) -> list[list[list[int]]]:
+    """One epoch: the examples of each row of each batch. Without `rng` nothing is shuffled.
+
+    The last batch may have fewer rows; `assemble` leaves the others empty.
+    """
+    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+    rows = [row for start in range(0, len(order), WINDOW)
+            for row in best_fit(lengths, order[start:start + WINDOW], shape)]
+    if rng is not None:
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+    return [rows[i:i + shape.rows] for i in range(0, len(rows), shape.rows)]
+
+
+def assemble(rows: Sequence[Sequence[Piece]], shape: Shape, pad_id: int) -> Batch:
+    """The arrays of one batch; causal, positions counted from 0 in each example."""
+    size = (shape.rows, shape.length)
+    tokens = np.full(size, pad_id, np.int32)
+    positions, segments, targets = (np.zeros(size, np.int32) for _ in range(3))
+    weights = np.zeros(size, np.float32)
+    pool = (shape.rows, shape.examples)
+    pool_index, labels = np.zeros(pool, np.int32), np.zeros(pool, np.int32)
+    label_weights = np.zeros(pool, np.float32)
+    per_token = False
+    for r, row in enumerate(rows):
+        at = 0
+        for n, piece in enumerate(row):
+            length = min(len(piece.tokens), shape.length)
+            here = slice(at, at + length)
+            tokens[r, here] = piece.tokens[:length]
+            positions[r, here] = np.arange(length)
+            segments[r, here] = n + 1
+            if piece.targets is not None and piece.weights is not None:
+                per_token = True
+                targets[r, here] = piece.targets[:length]
+                weights[r, here] = piece.weights[:length]
+            at += length
+            pool_index[r, n], labels[r, n] = at - 1, piece.label
+            label_weights[r, n] = piece.label_weight
+    order = np.broadcast_to(np.arange(shape.length, dtype=np.int32), size)
+    batch = Batch(tokens, positions[:, None], segments, np.ascontiguousarray(order))
+    if per_token:
+        return Batch(batch.tokens, batch.positions, batch.segments, batch.order,
+                     targets=targets, weights=weights)
+    return Batch(batch.tokens, batch.positions, batch.segments, batch.order,
+                 pool_index=pool_index, labels=labels, label_weights=label_weights)
+
+
+class Batches:
+    """Batch number `step` of an endless shuffled stream, for any step (a Grain source)."""
+
+    def __init__(self, source: Source, shape: Shape, pad_id: int, seed: int):
+        self.source, self.shape, self.pad_id, self.seed = source, shape, pad_id, seed
+        self._lock = threading.Lock()
+        self._plans: dict[int, list[list[list[int]]]] = {}
+        self._ends: list[int] = []  # the step at which each epoch ends
+
+    def _plan(self, epoch: int) -> list[list[list[int]]]:
+        if epoch not in self._plans:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._plans[epoch] = plan(self.source.lengths(epoch), self.shape, rng)
+            self._plans.pop(epoch - 2, None)
+        return self._plans[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and its number in the epoch."""
+        with self._lock:
+            while not self._ends or self._ends[-1] <= step:
+                steps = len(self._plan(len(self._ends)))
+                self._ends.append((self._ends[-1] if self._ends else 0) + steps)
+            epoch = int(np.searchsorted(self._ends, step, side="right"))
+            return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, number = self.locate(step)
+        with self._lock:
+            rows = self._plan(epoch)[number]
+        pieces = [[self.source.piece(i, epoch) for i in row] for row in rows]
+        return assemble(pieces, self.shape, self.pad_id)
+
+
+def stream(batches: Batches) -> Any:
+    """A Grain iterator over `batches`, with prefetching threads; its state is a position."""
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+
+
+def once(source: Source, shape: Shape, pad_id: int) -> Iterator[tuple[list[list[int]], Batch]]:
+    """Every example once, in batches: the examples' numbers by row and place, and the arrays."""
+    for rows in plan(source.lengths(0), shape, None):
+        pieces = [[source.piece(i, 0) for i in row] for row in rows]
+        yield rows, assemble(pieces, shape, pad_id)

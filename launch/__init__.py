@@ -1,0 +1,1 @@
+"""The doors: each is a command."""
