@@ -60,6 +60,8 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
         near = difflib.get_close_matches(unknown[0], [*fields, "dtype", "head", "mesh"], 1)
         raise UserError(f"{unknown[0]!r} is no field of a {architecture.name} config"
                         + (f"; is {near[0]!r} meant?" if near else ""))
+    if "num_labels" in overrides:  # the file's names are of other classes
+        raw.pop("id2label", None)
     config = architecture.config.from_dict({**raw, **overrides})
     named = head_of(raw, architecture)
     return assemble(architecture, config, head or named, Released(folder), dtype=dtype,

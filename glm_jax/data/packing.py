@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
+from glm_jax.errors import UserError
 from glm_jax.nn.batch import Batch
 
 WINDOW = 4096  # examples that are packed together: more fill rows better, fewer mix better
@@ -138,9 +139,17 @@ class Batches:
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         if epoch not in self._plans:
             rng = np.random.default_rng((self.seed, epoch))
-            self._plans[epoch] = plan(self.source.lengths(epoch), self.shape, rng)
+            lengths = self.source.lengths(epoch)
+            if not len(lengths):
+                raise UserError("there is nothing to train on: no text in the training data")
+            self._plans[epoch] = plan(lengths, self.shape, rng)
             self._plans.pop(epoch - 2, None)
         return self._plans[epoch]
+
+    def epoch_steps(self, epoch: int) -> int:
+        """How many batches an epoch has."""
+        with self._lock:
+            return len(self._plan(epoch))
 
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and its number in the epoch."""

@@ -47,6 +47,7 @@ class Config:
                 raw["rope_scaling"] = {"rope_type": kind, **rope}
         if "dtype" in raw:
             raw["torch_dtype"] = raw.pop("dtype")
+        raw.pop("label2id", None)  # says nothing else, and is written from id2label
         if names := raw.get("id2label"):
             try:
                 raw["id2label"] = {int(k): str(v) for k, v in names.items()}

@@ -117,11 +117,11 @@ def constrain(x: jax.Array, *axes: str | None, gathered: bool = False) -> jax.Ar
 def put(tree: Any, mesh: Mesh) -> Any:
     """Host arrays `[batch, …]` to the mesh, the batch over the data axes.
 
-    With several processes each holds its own rows of the whole batch.
+    With several processes each gives the same whole batch; a device takes its rows.
     """
     def one(x: Any) -> jax.Array:
         where = sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
-        return jax.make_array_from_process_local_data(where, x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
     return jax.tree.map(one, tree)
 
 

@@ -1,0 +1,88 @@
+"""The shared layers against plain formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from glm_jax.nn.layers import Embedding, Linear, RMSNorm, scan, stack, swiglu
+
+
+def plain_swiglu(packed):
+    gate, up = packed[..., :packed.shape[-1] // 2], packed[..., packed.shape[-1] // 2:]
+    return gate / (1 + jnp.exp(-gate)) * up
+
+
+def test_swiglu_and_its_gradient_equal_the_formula():
+    packed = 3 * jax.random.normal(jax.random.key(0), (2, 5, 12))
+    weight = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    np.testing.assert_allclose(swiglu(packed), plain_swiglu(packed), rtol=1e-5, atol=1e-6)
+    ours, theirs = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(packed)
+                    for f in (swiglu, plain_swiglu))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    check_grads(swiglu, (packed / 3,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_swiglu_keeps_the_dtype(dtype):
+    packed = jnp.ones((3, 4), dtype)
+    assert swiglu(packed).dtype == jax.grad(lambda x: swiglu(x).sum())(packed).dtype == dtype
+
+
+def test_rms_norm():
+    x = 5 * jax.random.normal(jax.random.key(0), (3, 16))
+    norm = RMSNorm(16, eps=1e-3)
+    norm.scale.set_value(jnp.arange(16.0))
+    wide = np.asarray(x, np.float64)
+    wanted = np.arange(16) * wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3)
+    np.testing.assert_allclose(norm(x), wanted, rtol=1e-5, atol=1e-5)
+    check_grads(norm, (x,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_rms_norm_rounds_once():
+    """What bfloat16 goes in is widened, and only the normalised x is rounded."""
+    x = jax.random.normal(jax.random.key(0), (2, 64)).astype(jnp.bfloat16)
+    norm = RMSNorm(64, 1e-6)
+    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_linear_and_embedding():
+    rngs = nnx.Rngs(0)
+    linear, x = Linear(3, 4, ("embed", "mlp"), bias=True, rngs=rngs), jnp.arange(6.0).reshape(2, 3)
+    linear.bias.set_value(jnp.arange(4.0))
+    wanted = np.asarray(x) @ np.asarray(linear.kernel[...]) + np.arange(4)
+    np.testing.assert_allclose(linear(x), wanted, rtol=1e-5, atol=1e-6)
+    assert not hasattr(Linear(3, 4, ("embed", "mlp"), rngs=rngs), "bias")
+    table = Embedding(7, 4, rngs=rngs)
+    out = table(jnp.array([[6, 0]]), jnp.bfloat16)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out[0], table.embedding[...][jnp.array([6, 0])]
+                                  .astype(jnp.bfloat16))
+
+
+def test_an_adapter_sees_input_output_and_key():
+    linear = Linear(3, 4, ("embed", "mlp"), rngs=nnx.Rngs(0))
+    plain, key = linear(jnp.ones((2, 3))), jax.random.key(3)
+    linear.adapter = lambda x, y, key: y + x.sum() + jax.random.uniform(key)
+    np.testing.assert_allclose(linear(jnp.ones((2, 3)), key), plain + 6 + jax.random.uniform(key),
+                               rtol=1e-6)
+
+
+def test_scan_runs_every_layer_in_order_with_its_own_inputs():
+    layers = stack(lambda rngs: Linear(4, 4, ("embed", "mlp"), std=1.0, rngs=rngs), 3, nnx.Rngs(0))
+    kernels = layers.kernel[...]
+    assert kernels.shape == (3, 4, 4)
+    assert not np.allclose(kernels[0], kernels[1])
+    x, extra = jnp.arange(8.0).reshape(2, 4), jnp.array([1.0, 10.0, 100.0])
+
+    def call(layer, x, add):
+        return layer(x) + add, x.sum()
+    last, sums = scan(layers, call, x, extra)
+    wanted, befores = x, []
+    for i in range(3):
+        befores.append(wanted.sum())
+        wanted = wanted @ kernels[i] + extra[i]
+    np.testing.assert_allclose(last, wanted, rtol=1e-4)
+    np.testing.assert_allclose(sums, np.stack(befores), rtol=1e-4)
