@@ -1,0 +1,231 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+
+y = W x + b + s B A x, with s = alpha / r, or alpha / sqrt(r) for rsLoRA. Names are PEFT's.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from glm_jax.adapters.targets import ALL_LINEAR, find, linears
+from glm_jax.errors import UserError
+from glm_jax.parallel.mesh import constrain, make_mesh, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt and how; fields and defaults are PEFT's.
+
+    Attributes:
+      r: the rank.
+      lora_alpha, use_rslora: the scale is lora_alpha / r, with `use_rslora` lora_alpha / sqrt(r).
+      lora_dropout: on the input of A only.
+      target_modules: names of linear layers, each the end of a path (`q_proj`, `mlp.down_proj`),
+        or one regular expression for whole paths, or `all-linear`: every one but the head.
+      modules_to_save: modules that train whole and are saved beside the adapter: the head.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise UserError(f"lora: r must be a positive whole number, not {self.r!r}")
+        for name in ("lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"lora: {name} must be a number, not {value!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora: lora_dropout must be at least 0 and below 1, "
+                            f"not {self.lora_dropout!r}")
+        if not self.target_modules:
+            raise UserError(f"lora: target_modules is empty; {ALL_LINEAR!r} adapts every layer")
+        if not isinstance(self.target_modules, str):
+            targets = tuple(self.target_modules)
+            object.__setattr__(self, "target_modules",
+                               ALL_LINEAR if targets == (ALL_LINEAR,) else targets)
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The patterns for `adapters.partition`."""
+        return ("adapter", *self.modules_to_save)
+
+
+class LoRA(nnx.Module):
+    """The adapter of one linear layer: parameters `lora_a [in, r]` and `lora_b [r, out]`.
+
+    Beside stacked layers both have the leading layer axis too.
+    """
+
+    def __init__(self, lora_a: jax.Array, lora_b: jax.Array, axes: tuple[str, str],
+                 config: LoRAConfig):
+        self.axes, self.scale, self.dropout = axes, config.scale, config.lora_dropout
+        self.lora_a = nnx.Param(lora_a, axes=(axes[0], "rank"))
+        self.lora_b = nnx.Param(lora_b, axes=("rank", axes[1]))
+
+    def __call__(self, x: jax.Array, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """`x [..., in]` and the layer's own `y [..., out]` to the adapted `[..., out]`."""
+        a = constrain(self.lora_a[...], self.axes[0], "rank", gathered=True)
+        b = constrain(self.lora_b[...], "rank", self.axes[1], gathered=True)
+        if key is None or not self.dropout:
+            return lora(x, y, a, b, None, self.scale)
+        return lora(x, y, a, b, dropout_mask(key, x.shape, self.dropout),
+                    self.scale / (1 - self.dropout))
+
+    def merged(self, kernel: jax.Array) -> jax.Array:
+        """W + s A B in float32, in the kernel's dtype and layout."""
+        a, b = (p[...].astype(jnp.float32) for p in (self.lora_a, self.lora_b))
+        delta = self.scale * jnp.matmul(a, b, precision="highest")
+        whole = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        return jax.device_put(whole, kernel.sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def lora(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
+         scale: float) -> jax.Array:
+    """y + scale * (mask * x) a b, in the dtype of `x`; gradients of a and b in theirs.
+
+    The derivative is written out for CPU's sake: there the two sums over tokens run an order of
+    magnitude slower unless the thin matrix is transposed first, which XLA undoes where it can.
+
+    Args:
+      x: `[..., in]`; y: `[..., out]`; a: `[in, r]`; b: `[r, out]`.
+      mask: like `x`, bool, False where an input is dropped; none without dropout.
+    """
+    return _forward(x, y, a, b, mask, scale)[0]
+
+
+def _forward(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
+             scale: float) -> tuple[jax.Array, Any]:
+    low = _rows(_dropped(x, mask)) @ a.astype(x.dtype)
+    delta = (scale * low) @ b.astype(x.dtype)
+    # x as it came: layers that share an input then share its copy for the derivative.
+    return y + delta.reshape(y.shape).astype(y.dtype), (x, low, a, b, mask)
+
+
+def _backward(scale: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, low, a, b, mask = saved
+    rows = _rows(dy)
+    dlow = jnp.matmul(rows, (scale * b).astype(rows.dtype).T)
+    db = _over_tokens(scale * low, rows, b.dtype)
+    da = jax.lax.optimization_barrier(_over_tokens(dlow, _rows(_dropped(x, mask)), a.dtype)).T
+    dx = jnp.matmul(dlow, a.astype(dlow.dtype).T).reshape(x.shape)
+    return _dropped(dx, mask), dy, da, db, None
+
+
+lora.defvjp(_forward, _backward)
+
+
+def _dropped(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """All tokens on one axis, unless a mesh splits rows between devices: that would gather them."""
+    split = jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1
+    return x if split else x.reshape(-1, x.shape[-1])
+
+
+def _over_tokens(thin: jax.Array, wide: jax.Array, dtype: Any) -> jax.Array:
+    """`[..., r]` and `[..., n]` to `[r, n]`, summed over the tokens."""
+    first = jax.lax.optimization_barrier(jnp.moveaxis(thin, -1, 0))
+    tokens = tuple(range(wide.ndim - 1))
+    return jax.lax.dot_general(first, wide, ((tuple(n + 1 for n in tokens), tokens), ((), ())),
+                               preferred_element_type=dtype)
+
+
+def dropout_mask(key: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
+    """A bool array, False with probability `rate`, to 1/65536.
+
+    Two values from each random word: the generator is what dropout costs on a CPU.
+    """
+    half = (shape[-1] + 1) // 2
+    words = jax.random.bits(key, (*shape[:-1], half), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*shape[:-1], 2 * half)
+    return halves[..., :shape[-1]] >= round(rate * 2**16)
+
+
+def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, mesh: Mesh | None = None,
+           dtype: Any = jnp.float32) -> None:
+    """Adds LoRA to the target layers of a model, in place: A uniform as PEFT's, B zero.
+
+    What an adapter begins with depends on `seed` and its path only: not on the other targets or
+    the mesh.
+
+    Args:
+      model: with stacked layers, without adapters.
+      mesh: where the new parameters lie; by default where the model's own do.
+      dtype: what they are kept in; they compute in the dtype of the activations.
+
+    Raises:
+      UserError: for a target that matches no linear layer, or some layers of a stack only.
+    """
+    attach_to(find(model, config.target_modules, config.modules_to_save), config, seed=seed,
+              mesh=mesh, dtype=dtype)
+
+
+def attach_to(layers: Mapping[str, Any], config: LoRAConfig, *, seed: int = 0,
+              mesh: Mesh | None = None, dtype: Any = jnp.float32) -> None:
+    """`attach` on layers that are known, by path."""
+    if adapted := [path for path, layer in layers.items() if hasattr(layer, "adapter")]:
+        raise UserError(f"lora: {adapted[0]} has an adapter already; merge or detach it first")
+    mesh = mesh or mesh_of(layers.values())
+    for path, layer in layers.items():
+        *stack, inputs, outputs = layer.kernel.get_value().shape
+        into, out = layer.axes
+        # On the host: compiling the generator of jax.random for every shape takes seconds.
+        random = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
+        bound = inputs ** -0.5  # kaiming_uniform_(a=sqrt(5)) of torch
+        a = random.uniform(-bound, bound, (*stack, inputs, config.r)).astype(dtype)
+        b = np.zeros((*stack, config.r, outputs), dtype)
+        layer.adapter = LoRA(jax.device_put(a, sharding((into, "rank"), a.shape, mesh)),
+                             jax.device_put(b, sharding(("rank", out), b.shape, mesh)),
+                             layer.axes, config)
+
+
+def merge(model: nnx.Module) -> None:
+    """Folds every adapter into its layer's kernel and removes it, in place."""
+    for layer in linears(model).values():
+        if hasattr(layer, "adapter"):
+            layer.kernel.set_value(layer.adapter.merged(layer.kernel.get_value()))
+    detach(model)
+
+
+def merged(model: Any) -> Any:
+    """A copy with every adapter folded in; the model itself stays as it is."""
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    merge(copy)
+    return copy
+
+
+def detach(model: nnx.Module) -> None:
+    """Removes every adapter, in place: the base is left as it was."""
+    for layer in linears(model).values():
+        if hasattr(layer, "adapter"):
+            del layer.adapter
+
+
+def mesh_of(layers: Iterable[Any]) -> Mesh:
+    """The mesh that the kernels of these layers lie on; one device when they lie on none."""
+    for layer in layers:
+        where = layer.kernel.get_value().sharding
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+            return where.mesh
+    return make_mesh({})

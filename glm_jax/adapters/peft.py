@@ -1,0 +1,333 @@
+"""PEFT's LoRA folders, in and out: what `peft` writes we read, what we write `peft` loads.
+
+A folder holds `adapter_config.json`, `adapter_model.safetensors`, the tokenizer, `labels.json`
+(names of the classes, which PEFT has no place for) and a `README.md` that says how to load it.
+Nothing in it depends on the machine, the time or the order of a set.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save
+
+import glm_jax
+from glm_jax.adapters.lora import LoRAConfig, attach_to
+from glm_jax.adapters.targets import find, linears, matches, torch_names, weight_table
+from glm_jax.convert.hf import flat, whole_folder
+from glm_jax.convert.released import Released, read_json
+from glm_jax.errors import UserError
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LABELS = "labels.json"
+PREFIX = "base_model.model."
+TASKS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+CLASSES = {"lm": "AutoPeftModelForCausalLM", "sequence": "AutoPeftModelForSequenceClassification",
+           "token": "AutoPeftModelForTokenClassification"}
+
+# What an adapter_config.json may say without changing what is computed here.
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "layers_pattern", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
+    "use_rslora",
+}
+# Values that a field may have besides null, false and empty: the other initialisations of A and B
+# change the base too.
+PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva")}
+
+
+class AdapterFolder(NamedTuple):
+    """What an adapter's folder says of itself.
+
+    Attributes:
+      config: rank, scale, targets.
+      base: `base_model_name_or_path` as it is written.
+      head: `lm`, `sequence` or `token`; None when the folder names no task.
+      id2label: names of the classes, where the folder has them.
+    """
+
+    config: LoRAConfig
+    base: str
+    head: str | None
+    id2label: dict[int, str] | None
+
+
+def save_adapter(model: Any, folder: str | Path, lora_config: LoRAConfig, *, base: str | Path,
+                 files: Mapping[str, bytes] | None = None) -> None:
+    """Writes a complete PEFT folder; whole or not at all.
+
+    Args:
+      model: with the adapters attached.
+      folder: replaced when it is there.
+      lora_config: what they were attached with.
+      base: the folder, or the hub name, of the base. PEFT looks for a folder from the current
+        directory, so it is written relative to this run's: a path that lies there stays as the
+        user wrote it, and an absolute one never appears.
+      files: the tokenizer's, by name.
+
+    Raises:
+      UserError: when nothing can be written there.
+    """
+    labels = model.config.id2label if model.head != "lm" else None
+    config = _adapter_config(model, lora_config, base)
+    with whole_folder(Path(folder)) as partial:
+        tensors = dict(tensor for piece in _pieces(model, lora_config.modules_to_save)
+                       for tensor in piece.tensors())
+        (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (partial / CONFIG).write_text(_json(config), encoding="utf-8")
+        if labels:
+            (partial / LABELS).write_text(_json(
+                {"id2label": {str(n): name for n, name in labels.items()},
+                 "label2id": {name: n for n, name in labels.items()}}), encoding="utf-8")
+        (partial / "README.md").write_text(_model_card(config, model.head, labels),
+                                           encoding="utf-8")
+        for name, content in (files or {}).items():
+            (partial / name).write_bytes(content)
+
+
+def load_adapter(model: Any, folder: str | Path, *, mesh: Mesh | None = None,
+                 dtype: Any = jnp.float32) -> LoRAConfig:
+    """Attaches the adapter of a PEFT folder, in place, and fills it and the modules it saved.
+
+    Args:
+      model: the base, with the head that the adapter was trained with.
+      mesh: where the adapter lies; by default where the model does.
+      dtype: what it is kept in.
+
+    Raises:
+      UserError: for a folder that is missing or damaged, a kind of adapter that is not supported,
+        or one of another base: missing, unexpected and mis-shaped tensors by name. The model is
+        then as it was.
+    """
+    folder = Path(folder)
+    about = inspect_adapter(folder)
+    if about.head not in (None, model.head):
+        raise UserError(f"{folder / CONFIG}: task_type {TASKS[about.head]} needs a model with head "
+                        f"{about.head!r}; this one's is {model.head!r}")
+    config = about.config
+    shapes, read = _open(folder)
+    try:
+        layers = find(model, config.target_modules, config.modules_to_save, strict=False)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    attach_to(layers, config, mesh=mesh, dtype=dtype)
+    pieces = _pieces(model, config.modules_to_save)
+    try:
+        _check(folder, shapes, {name: piece.shape for piece in pieces for name in piece.names})
+    except UserError:
+        for layer in layers.values():
+            del layer.adapter
+        raise
+    for piece in pieces:
+        parts = [read(name) for name in piece.names]
+        whole = np.stack([part.T if piece.transpose else part for part in parts])
+        old = piece.param.get_value()
+        piece.param.set_value(
+            jax.device_put(whole.reshape(old.shape).astype(old.dtype), old.sharding))
+    return config
+
+
+def inspect_adapter(folder: str | Path) -> AdapterFolder:
+    """Reads what an adapter's folder says of itself, without its weights.
+
+    Raises:
+      UserError: for a folder that is missing or damaged, or another kind of adapter.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a PEFT adapter's folder is wanted")
+    where, raw = folder / CONFIG, read_json(folder / CONFIG)
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported, only LORA")
+    for name, value in raw.items():
+        if name not in IGNORED and value and value not in PLAIN.get(name, ()):
+            raise UserError(f"{where}: {name}={value!r} is not supported; merge the adapter with "
+                            "peft and load the merged model")
+    task = raw.get("task_type")
+    heads = {name: head for head, name in TASKS.items()}
+    if task is not None and task not in heads:
+        raise UserError(f"{where}: task_type {task!r} is not supported; supported: "
+                        f"{', '.join(heads)}")
+    saved = set(raw.get("modules_to_save") or ())
+    if task in ("SEQ_CLS", "TOKEN_CLS"):  # PEFT saves the head of a classifier unasked
+        saved = saved - {"classifier"} | {"score"}
+    targets = raw.get("target_modules") or ()
+    try:
+        config = LoRAConfig(
+            r=raw.get("r", 8), lora_alpha=raw.get("lora_alpha", 8),
+            lora_dropout=raw.get("lora_dropout", 0.0), use_rslora=bool(raw.get("use_rslora")),
+            target_modules=(targets if isinstance(targets, str)
+                            else tuple(sorted(map(str, targets)))),
+            modules_to_save=tuple(sorted(saved)))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    labels = read_json(folder / LABELS).get("id2label") if (folder / LABELS).exists() else None
+    return AdapterFolder(config, raw.get("base_model_name_or_path") or "",
+                         heads[task] if task else None,
+                         {int(n): str(name) for n, name in labels.items()} if labels else None)
+
+
+def find_base(folder: str | Path) -> Path:
+    """The base that an adapter's folder names: from the current directory, else the project's root.
+
+    Raises:
+      UserError: when it is in neither place.
+    """
+    base = inspect_adapter(folder).base
+    root = Path(glm_jax.__file__).parents[1]
+    for place in (Path(base), root / base):
+        if base and place.is_dir():
+            return place
+    raise UserError(f"{Path(folder) / CONFIG}: the base {base!r} is not a folder here nor in the "
+                    "project; start where it lies, or give the base by itself")
+
+
+def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[str, Any]:
+    written = _written_targets(model, config)
+    return {
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": _written_base(base),
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "layers_pattern": None, "layers_to_transform": None, "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": sorted(config.modules_to_save) or None, "peft_type": "LORA",
+        "r": config.r, "rank_pattern": {}, "revision": None, "target_modules": written,
+        "task_type": TASKS[model.head], "use_dora": False, "use_rslora": config.use_rslora,
+    }
+
+
+def _written_base(base: str | Path) -> str:
+    path = Path(base)
+    return Path(os.path.relpath(path) if path.is_absolute() else path).as_posix()
+
+
+def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
+    """The shortest `target_modules` by which PEFT finds exactly the layers that have adapters."""
+    names = torch_names(model)
+    adapted = {path for path, layer in linears(model).items() if hasattr(layer, "adapter")}
+    if unnamed := sorted(adapted - names.keys()):
+        raise UserError(f"{unnamed[0]} has no name of its own in PyTorch: PEFT can't hold its "
+                        "adapter. Export the merged model")
+    whole = sorted(name for path in adapted for name in names[path])
+    ends = tuple(sorted({path.rpartition(".")[2] for path in adapted}))
+    for written in (config.target_modules, ends):
+        met = {name for path in names for name in names[path] if matches(written, name)
+               and not matches(config.modules_to_save, name)}
+        if met == set(whole):
+            return written if isinstance(written, str) else sorted(written)
+    return whole
+
+
+class _Piece(NamedTuple):
+    """One of our parameters and PEFT's tensors of it: one, or one for each layer of a stack."""
+
+    names: list[str]
+    param: Any
+    transpose: bool
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each tensor."""
+        shape = self.param.get_value().shape[int(self.stacked):]
+        return shape[::-1] if self.transpose else shape
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        whole = np.asarray(self.param.get_value())
+        for name, part in zip(self.names, whole if self.stacked else whole[None], strict=True):
+            yield name, np.ascontiguousarray(part.T if self.transpose else part)
+
+
+def _pieces(model: Any, modules: tuple[str, ...]) -> list[_Piece]:
+    """All that the folder of a model with adapters holds: A and B, and `modules` whole."""
+    pieces, layers, parameters = [], linears(model), flat(model)
+    for path, names in torch_names(model).items():
+        if hasattr(layers[path], "adapter"):
+            adapter = layers[path].adapter
+            for letter, param in (("A", adapter.lora_a), ("B", adapter.lora_b)):
+                pieces.append(_Piece([f"{PREFIX}{name}.lora_{letter}.weight" for name in names],
+                                     param, True, param.get_value().ndim == 3))
+    for row in weight_table(model):
+        if matches(modules, row.name.rpartition(".")[0]):
+            if len(row.paths) > 1:
+                raise UserError(f"modules_to_save: {row.name} is in parts here; not supported")
+            param = parameters[row.paths[0]]
+            count = param.get_value().shape[0] if row.per_layer else 1
+            pieces.append(_Piece([PREFIX + row.name.format(n) for n in range(count)], param,
+                                 row.transpose, row.per_layer))
+    return pieces
+
+
+def _check(folder: Path, shapes: Mapping[str, tuple[int, ...]],
+           wanted: Mapping[str, tuple[int, ...]]) -> None:
+    faults = [f"missing: {name} {list(shape)}" for name, shape in wanted.items()
+              if name not in shapes]
+    faults += [f"unexpected: {name} {list(shape)}" for name, shape in shapes.items()
+               if name not in wanted]
+    faults += [f"wrong shape: {name} is {list(shapes[name])}, this base and the adapter's config "
+               f"want {list(shape)}" for name, shape in wanted.items()
+               if shapes.get(name, shape) != shape]
+    if faults:
+        more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise UserError(f"{folder}: the adapter does not fit this model:\n  "
+                        + "\n  ".join(faults[:10]) + more)
+
+
+Read = Callable[[str], np.ndarray]
+
+
+def _open(folder: Path) -> tuple[Mapping[str, tuple[int, ...]], Read]:
+    """Shapes by name, and the function that reads a tensor."""
+    if (folder / WEIGHTS).exists() or not (folder / PICKLED).exists():
+        if not (folder / WEIGHTS).exists():
+            raise UserError(f"{folder}: no weights: neither {WEIGHTS} nor {PICKLED} is there")
+        released = Released(folder, WEIGHTS)
+        return released.shapes, released.read
+    path = folder / PICKLED
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path}: reading a .bin file needs torch; install it, or save the adapter "
+                        "as safetensors") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    except Exception as error:  # torch raises pickle's, zipfile's and its own
+        raise UserError(f"{path}: damaged, or not only tensors ({error})") from None
+    return {name: array.shape for name, array in arrays.items()}, arrays.__getitem__
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _model_card(config: Mapping[str, Any], head: str, labels: Mapping[int, str] | None) -> str:
+    base, name = config["base_model_name_or_path"], CLASSES[head]
+    facts = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora",
+                                          "target_modules", "modules_to_save")}
+    if labels:
+        facts["labels"] = [f"{n}: {label}" for n, label in labels.items()]
+    rows = [f"| {key} | {', '.join(value) if isinstance(value, list) else value} |"
+            for key, value in facts.items()]
+    code = [f"from peft import {name}", "from transformers import AutoTokenizer"]
+    if labels:
+        code = ["import json", *code,
+                f'labels = json.load(open("adapter/{LABELS}", encoding="utf-8"))["label2id"]',
+                f'model = {name}.from_pretrained(',
+                '    "adapter", label2id=labels, id2label={n: name for name, n in labels.items()})']
+    else:
+        code.append(f'model = {name}.from_pretrained("adapter")')
+    code.append('tokenizer = AutoTokenizer.from_pretrained("adapter")')
+    return "\n".join([
+        "---", f"base_model: {base}", "library_name: peft", "---", "",
+        f"A LoRA adapter in PEFT's format for `{base}`, trained with glm-jax.", "",
+        "| | |", "|---|---|", *rows, "",
+        "PyTorch loads it, from the directory that the base's path starts in; `adapter` is this "
+        "folder:", "", "```python", *code, "```", ""])

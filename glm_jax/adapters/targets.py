@@ -1,0 +1,96 @@
+"""Which linear layers an adapter's `target_modules` names, by our paths or by PyTorch's."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+
+from glm_jax.adapters import nearest
+from glm_jax.errors import UserError
+from glm_jax.models import architecture_of
+from glm_jax.models.weights import Weight
+from glm_jax.nn.layers import Linear
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "score")  # which `all-linear` leaves out
+
+Target = tuple[str, ...] | str
+
+
+def linears(model: nnx.Module) -> dict[str, Any]:
+    """Every linear layer by its dotted path; stacked ones are one."""
+    found = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+             if isinstance(module, Linear)}
+    return dict(sorted(found.items()))
+
+
+def weight_table(model: Any) -> list[Weight]:
+    """The weight table of a model."""
+    return architecture_of(model.config.to_dict()).weights(model.config, model.head)
+
+
+def torch_names(model: Any) -> dict[str, list[str]]:
+    """What PyTorch calls each linear layer, by our path: a name for each layer of a stack.
+
+    Layers that a released checkpoint joins with others have no name.
+    """
+    layers, names = linears(model), {}
+    for row in weight_table(model):
+        module, _, kind = row.name.rpartition(".")
+        path = row.paths[0].removesuffix(".kernel")
+        if kind == "weight" and len(row.paths) == 1 and path in layers:
+            shape = layers[path].kernel.get_value().shape
+            names[path] = [module.format(n) for n in range(shape[0] if row.per_layer else 1)]
+    return names
+
+
+def matches(target: Target, name: str) -> bool:
+    """Whether PEFT's `target_modules` means this module: ends of names, or one expression."""
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in target)
+
+
+def find(model: Any, target_modules: Target, excluded: tuple[str, ...] = (), *,
+         strict: bool = True) -> dict[str, Any]:
+    """The linear layers that `target_modules` names, by path.
+
+    Args:
+      target_modules: ends of paths, or one regular expression for whole paths, or `all-linear`.
+      excluded: modules that are never adapted, since they train whole.
+      strict: each end must match something; otherwise one match in all is enough, as in PEFT.
+
+    Raises:
+      UserError: when a target matches nothing, or only some layers of a stack.
+    """
+    layers = {path: layer for path, layer in linears(model).items()
+              if not matches(excluded, path)}
+    if target_modules == ALL_LINEAR:
+        return {path: layer for path, layer in layers.items() if path not in HEADS}
+    names = torch_names(model)
+    ends: list[Target] = ([target_modules] if isinstance(target_modules, str)
+                          else [(end,) for end in target_modules])
+    try:
+        idle = [end for end in ends if not any(
+            matches(end, name) for path in layers for name in (path, *names.get(path, ())))]
+    except re.error as error:
+        raise UserError(f"target_modules: {target_modules!r} is not a regular expression: {error}"
+                        ) from None
+    if idle and (strict or len(idle) == len(ends)):
+        raise _no_match(idle[0] if isinstance(idle[0], str) else idle[0][0], layers)
+    chosen = {}
+    for path, layer in layers.items():
+        covered = [matches(target_modules, name) for name in names.get(path, ())]
+        if matches(target_modules, path) or (covered and all(covered)):
+            chosen[path] = layer
+        elif any(covered):
+            raise UserError(f"target_modules: {path} is named in layer {covered.index(True)} but "
+                            f"not in layer {covered.index(False)}; adapters on part of a stack are "
+                            "not supported")
+    return chosen
+
+
+def _no_match(target: str, paths: Iterable[str]) -> UserError:
+    ends = {path.rpartition(".")[2] for path in paths}
+    return UserError(f"target_modules: {target!r} matches no linear layer; {nearest(target, ends)}")
