@@ -1,0 +1,172 @@
+"""The public face: load, run, generate with and save a model. `glm_jax` hands these out."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from glm_jax.adapters.lora import merged
+from glm_jax.adapters.peft import inspect_adapter, load_adapter
+from glm_jax.adapters.targets import linears
+from glm_jax.convert.hf import load_model, save_model
+from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from glm_jax.errors import UserError
+from glm_jax.infer.generate import Generation, check_tokens
+from glm_jax.infer.generate import generate as generate_tokens
+from glm_jax.infer.sampling import sampling
+from glm_jax.nn.batch import Array, causal_batch
+from glm_jax.parallel.mesh import make_mesh, use_mesh_of
+
+__all__ = ["forward", "from_pretrained", "generate", "load_tokenizer", "save_pretrained"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
+                    mesh: Mesh | Mapping[str, int] | None = None,
+                    adapter: str | Path | None = None, **overrides: Any) -> Any:
+    """The model of a Hugging Face folder, with the head that its `config.json` names.
+
+    Args:
+      dtype: `float32`, `bfloat16` or `float16`; what parameters are kept and computed in.
+      mesh: a mesh, or its sizes (`{"fsdp": 4, "tensor": 2}`); one device by default.
+      adapter: a PEFT folder to put on top.
+      overrides: config fields that replace the file's (`rope_theta=5e6`), or `head`.
+
+    Raises:
+      UserError: for a folder that is missing, damaged or of a family not supported, another
+        dtype, an unknown argument, or more devices than there are.
+    """
+    where = mesh if isinstance(mesh, Mesh | None) else make_mesh(mesh)
+    if adapter is not None:
+        about = inspect_adapter(adapter)
+        overrides = {"head": about.head, **overrides}
+        if about.id2label:
+            overrides = {"id2label": about.id2label, **overrides}
+    model = load_model(folder, dtype=_dtype(dtype), mesh=where, **overrides)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
+
+
+def _dtype(dtype: Any) -> Any:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    return found
+
+
+def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> jax.Array:
+    """Logits, float32, as the Hugging Face class of this head computes them.
+
+    Args:
+      tokens: `[batch, length]` int.
+      attention_mask: `[batch, length]`, 1 for real tokens; all are when left out.
+
+    Returns:
+      `[batch, length, vocabulary]` of a language model, `[batch, length, labels]` of a token
+      classifier, `[batch, labels]` of a sequence classifier: those at the rightmost token that
+      is not the padding token.
+
+    Raises:
+      UserError: for rows without tokens, or ids outside the vocabulary.
+    """
+    rows, mask = check_tokens(model.config, tokens, attention_mask)
+    graphdef, state = nnx.split(model)
+    with use_mesh_of(state):
+        logits = _forward(graphdef, state, rows, mask)
+    if model.head != "sequence":
+        return logits
+    pad = model.config.pad_token_id
+    if pad is None and len(rows) > 1:
+        raise UserError("the config has no pad_token_id, which tells where each row ends: "
+                        "give one row at a time, or from_pretrained(…, pad_token_id=…)")
+    last = np.max(np.arange(rows.shape[1]) * (rows != pad), axis=1)
+    return logits[np.arange(len(rows)), last]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    hidden, _ = model(causal_batch(tokens, mask))
+    return model.logits(hidden)
+
+
+def generate(model: Any, prompt: str | Sequence[Any] | Array,
+             attention_mask: Array | None = None, *, tokenizer: Tokenizer | None = None,
+             max_new_tokens: int = 128, eos_token_id: int | Sequence[int] | None = None,
+             seed: int = 0, **how: Any) -> Any:
+    """Continues a prompt, greedily unless a temperature is given.
+
+    Args:
+      prompt: a text, several texts (both need `tokenizer`), lists of token ids, or tokens
+        `[batch, length]`.
+      attention_mask: with tokens: 1 for real ones, which may stand on either side.
+      eos_token_id: where to stop; the config's by default, `()` for nowhere.
+      how: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`.
+
+    Returns:
+      The continuation as a text, a list of texts, or a `Generation` (tokens and lengths).
+
+    Raises:
+      UserError: for an unknown or impossible setting, or a model without an LM head.
+    """
+    known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    if unknown := [name for name in how if name not in known]:
+        raise UserError(f"generate: unknown setting {unknown[0]!r}; there are {', '.join(known)}")
+    texts: Any = [prompt] if isinstance(prompt, str) else prompt
+    is_text = (not isinstance(texts, Array) and len(texts) > 0
+               and all(isinstance(text, str) for text in texts))
+    tokens: Any = prompt
+    if is_text:
+        if tokenizer is None:
+            raise UserError("generate: a text needs the tokenizer: generate(model, text, "
+                            "tokenizer=glm_jax.load_tokenizer(folder))")
+        tokens, attention_mask = _left_padded(tokenizer.encode_batch(texts))
+    elif not isinstance(prompt, Array) and attention_mask is None:
+        tokens, attention_mask = _left_padded(texts)
+    ids = model.config.extra.get("eos_token_id") if eos_token_id is None else eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    out: Generation = generate_tokens(
+        model, tokens, attention_mask, max_new_tokens=max_new_tokens, how=sampling(**how),
+        stop_ids=ids, pad_id=model.config.pad_token_id or 0, seed=seed)
+    if not is_text or tokenizer is None:
+        return out
+    found = [tokenizer.decode(row[:length].tolist())
+             for row, length in zip(out.tokens, out.lengths, strict=True)]
+    return found[0] if isinstance(prompt, str) else found
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    longest = max(map(len, rows), default=0)
+    tokens = np.zeros((len(rows), longest), np.int32)
+    mask = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, longest - len(row):] = row
+        mask[i, longest - len(row):] = 1
+    return tokens, mask
+
+
+def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a Hugging Face folder that transformers loads; whole or not at all.
+
+    An adapter is merged into the weights that are written, not into `model`.
+
+    Args:
+      folder: a checkpoint that is there already is replaced.
+
+    Raises:
+      UserError: when the folder can't be written, or holds something else.
+    """
+    if any(hasattr(layer, "adapter") for layer in linears(model).values()):
+        model = merged(model)
+    save_model(model, folder, files=tokenizer.files if tokenizer is not None else None)

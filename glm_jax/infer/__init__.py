@@ -1,0 +1,1 @@
+"""Generation: the key-value cache, sampling, and the compiled prefill and decode loop."""

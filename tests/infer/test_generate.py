@@ -1,0 +1,174 @@
+"""Generation with the cache equals computing everything again, whatever the padding and batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from glm_jax.errors import UserError
+from glm_jax.infer.cache import bucket
+from glm_jax.infer.generate import Stop, decode, generate, prefill, step
+from glm_jax.infer.sampling import Sampling
+from glm_jax.nn.batch import causal_batch
+from glm_jax.parallel.mesh import make_mesh
+
+TOKENS = np.random.default_rng(0).integers(1, 67, (3, 6))
+
+
+@jax.jit
+def all_logits(model, tokens):
+    return model.logits(model(causal_batch(tokens))[0])
+
+
+def recomputed(model, row, count):
+    """Greedy tokens of one row, each from a whole forward pass (padded on the right, unseen)."""
+    row = list(row)
+    for _ in range(count):
+        padded = np.zeros((1, 20), int)
+        padded[0, :len(row)] = row
+        row.append(int(np.argmax(all_logits(model, padded)[0, len(row) - 1])))
+    return row[-count:]
+
+
+def test_equals_recomputation(tiny):
+    out = generate(tiny(), TOKENS, max_new_tokens=6)
+    assert out.tokens.shape == (3, 6)
+    for row, found in zip(TOKENS, out.tokens, strict=True):
+        assert recomputed(tiny(), row, 6) == found.tolist()
+    assert len(set(map(tuple, out.tokens))) == 3
+    np.testing.assert_array_equal(out.lengths, 6)
+
+
+def test_logits_of_every_step_equal_recomputation(tiny):
+    model, count = tiny(), 4
+    row = np.concatenate((TOKENS[:1], np.array([[3, 1, 4, 1]])), axis=1)
+    whole = all_logits(model, row)[0]
+    logits, cache = prefill(*nnx.split(model), TOKENS[:1], np.ones((1, 6), int), slots=12)
+    np.testing.assert_allclose(logits[0], whole[5], rtol=1e-4, atol=1e-4)
+    advance = jax.jit(step)
+    for i in range(count):
+        logits, cache = advance(model, jnp.asarray(row[:, 6 + i], jnp.int32), cache)
+        np.testing.assert_allclose(logits[0], whole[6 + i], rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_padding_nor_on_its_neighbours(tiny):
+    model = tiny()
+    alone = [generate(model, row[None], max_new_tokens=5).tokens[0] for row in
+             (TOKENS[0], TOKENS[1, :3])]
+    left, right, holes = np.full((3, 2, 8), 66)
+    left[0, 2:] = right[0, :6] = TOKENS[0]
+    left[1, 5:] = right[1, :3] = TOKENS[1, :3]
+    holes[0, :6], holes[1, [0, 3, 7]] = TOKENS[0], TOKENS[1, :3]
+    for tokens in (left, right, holes):
+        together = generate(model, tokens, tokens != 66, max_new_tokens=5)
+        np.testing.assert_array_equal(together.tokens, alone)
+
+
+def test_a_row_ends_at_a_stop_token_and_is_padded(tiny):
+    model = tiny()
+    free = generate(model, TOKENS, max_new_tokens=9).tokens
+    stop = int(free[0, 2])
+    out = generate(model, TOKENS, max_new_tokens=9, stop_ids=[stop, 1000], pad_id=55)
+    for row, found, length in zip(free, out.tokens, out.lengths, strict=True):
+        end = row.tolist().index(stop) + 1 if stop in row else 9
+        assert length == end
+        np.testing.assert_array_equal(found[:end], row[:end])
+        np.testing.assert_array_equal(found[end:], 55)
+    assert out.lengths[0] == 3 > 0
+
+
+def test_the_loop_ends_when_all_rows_have(tiny):
+    model = tiny()
+    first = generate(model, TOKENS, max_new_tokens=1).tokens[:, 0]
+    graphdef, state = nnx.split(model)
+    logits, cache = prefill(graphdef, state, TOKENS, np.ones_like(TOKENS), slots=40)
+    taken = []
+
+    def count(*_):
+        taken.append(1)
+    original = type(model).logits  # only the loop's steps call it once the prompt has run
+    try:
+        type(model).logits = lambda self, hidden: (jax.debug.callback(count),
+                                                   original(self, hidden))[1]
+        decode.clear_cache()
+        stop = Stop(jnp.asarray(first), jnp.int32(0), jnp.int32(30))
+        _, lengths = decode(graphdef, state, cache, logits, None, Sampling(), stop,
+                            jax.random.key(0), size=32)
+        jax.effects_barrier()
+    finally:
+        type(model).logits = original
+        decode.clear_cache()
+    np.testing.assert_array_equal(lengths, 1)
+    assert not taken
+
+
+def test_sampling_follows_its_seed_and_settings(tiny):
+    model = tiny(initializer_range=0.1)
+
+    def run(**settings):
+        seed = settings.pop("seed", 0)
+        return generate(model, TOKENS, max_new_tokens=8, how=Sampling(**settings), seed=seed).tokens
+    warm = run(temperature=2.0)
+    np.testing.assert_array_equal(warm, run(temperature=2.0))
+    assert (warm != run(temperature=2.0, seed=1)).any()
+    greedy = run()
+    np.testing.assert_array_equal(run(temperature=1e-4), greedy)
+    np.testing.assert_array_equal(run(temperature=2.0, top_k=1), greedy)
+
+
+def test_a_large_repetition_penalty_never_repeats(tiny):
+    out = generate(tiny(), TOKENS, max_new_tokens=20, how=Sampling(repetition_penalty=1e6)).tokens
+    for prompt, row in zip(TOKENS, out, strict=True):
+        positive = {*prompt.tolist(), *row.tolist()}
+        assert len(positive) == len(set(prompt.tolist())) + 20
+
+
+def test_lengths_and_settings_share_a_program(tiny):
+    model = tiny(vocab_size=71)
+
+    def run(length, count, **settings):
+        prompt = np.ones((2, length), int)
+        generate(model, prompt, max_new_tokens=count, stop_ids=[1], how=Sampling(**settings))
+    run(5, 9, temperature=0.5, top_p=0.5)
+    before = prefill._cache_size(), decode._cache_size()
+    run(16, 16, temperature=0.9, top_p=0.1)
+    run(1, 2, temperature=7.0, top_p=0.9)
+    assert (prefill._cache_size(), decode._cache_size()) == before
+    run(17, 16, temperature=0.9, top_p=0.1)
+    assert prefill._cache_size() == before[0] + 1
+
+
+def test_on_a_mesh(tiny):
+    spread = tiny(mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+    tokens = np.concatenate((TOKENS, TOKENS[:1]))
+    out = generate(spread, tokens, max_new_tokens=6).tokens
+    np.testing.assert_array_equal(out, generate(tiny(), tokens, max_new_tokens=6).tokens)
+
+
+def test_buckets_are_few_and_near():
+    sizes = [bucket(n) for n in range(1, 5000)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 16)
+    assert len(set(sizes)) < 20
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"tokens": [[1, 67]]}, "token id 67 is outside the vocabulary of 67"),
+    ({"tokens": [[-1]]}, "token id -1 is outside"),
+    ({"tokens": [[1], [2, 3]]}, r"must be whole numbers of shape \[batch, length\]"),
+    ({"tokens": [1, 2]}, r"of shape \[2\]"),
+    ({"tokens": [[1.5]]}, "float64"),
+    ({"tokens": np.zeros((0, 3), int)}, "empty"),
+    ({"tokens": [[1], [2]], "attention_mask": [[1], [0]]}, "row 1 of tokens is empty"),
+    ({"tokens": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \[1, 1\]"),
+    ({"tokens": [[1]], "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+])
+def test_bad_arguments_are_named(tiny, arguments, message):
+    with pytest.raises(UserError, match=message):
+        generate(tiny(), **{"max_new_tokens": 1, **arguments})
+
+
+def test_only_language_models_generate(tiny):
+    with pytest.raises(UserError, match="this model's is 'sequence'"):
+        generate(tiny("sequence"), TOKENS, max_new_tokens=1)
