@@ -1,0 +1,160 @@
+"""Classify texts: sentiment, topics, any file with a text and a label column."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.data.packing import Piece, Shape
+from glm_jax.data.records import Example
+from glm_jax.data.split import load_splits
+from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.nn.batch import Batch
+from glm_jax.nn.loss import classification_loss
+from glm_jax.tasks import Evaluation, Run, each
+from glm_jax.tasks.metrics import classification_metrics
+
+
+class Texts(NamedTuple):
+    """Tokenised examples, as the packer reads them."""
+
+    tokens: list[np.ndarray]
+    labels: list[int]
+    class_weights: Sequence[float]
+
+    def lengths(self, epoch: int) -> np.ndarray:
+        return np.array([len(t) for t in self.tokens])
+
+    def piece(self, index: int, epoch: int) -> Piece:
+        label = self.labels[index]
+        return Piece(self.tokens[index], label=label, label_weight=self.class_weights[label])
+
+
+class Classification(NamedTuple):
+    """`config.task` for `name = "classification"`; see configs/sentiment.py for its fields.
+
+    Attributes:
+      examples: by split.
+      labels: the classes as they are written, sorted; their place is their number.
+      class_weights: one a class; what an example's loss counts in training.
+    """
+
+    config: Any
+    tokenizer: Tokenizer
+    shape: Shape
+    examples: dict[str, list[Example]]
+    labels: tuple[str, ...]
+    class_weights: tuple[float, ...]
+    head: str = "sequence"
+    final: str = "test"
+    metrics: tuple[str, ...] = ("accuracy", "f1", "loss")
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    @classmethod
+    def load(cls, config: Any, tokenizer: Tokenizer, shape: Shape) -> "Classification":
+        """Reads the data that `config` names.
+
+        Raises:
+          UserError: for bad files (see `load_splits`), a single class, a label that training
+            does not have, or class weights that don't fit.
+        """
+        examples = load_splits(config.train, config.dev, config.test,
+                               text_field=config.text, label_field=config.label)
+        counts = Counter(example.label for example in examples["train"])
+        labels = tuple(sorted(counts))
+        if len(labels) < 2:
+            raise UserError(f"task.train={config.train}: every row has the label {labels[0]!r}; "
+                            f"is {config.label!r} the label column?")
+        for split, rows in examples.items():
+            check_labels(rows, labels, split)
+        return cls(config, tokenizer, shape, examples, labels,
+                   weigh_classes(tuple(config.class_weights), counts))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every split's texts and labels."""
+        splits = {split: [(row.text, row.label) for row in rows]
+                  for split, rows in self.examples.items()}
+        return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids, `[gMASK] <sop> text` cut to a row: what Hugging Face's tokenizer gives."""
+        encoded = self.tokenizer.encode_batch(list(texts))
+        return [np.asarray(ids[:self.shape.length], np.int32) for ids in encoded]
+
+    def texts(self, rows: Sequence[Example], weighted: bool) -> Texts:
+        number = {label: i for i, label in enumerate(self.labels)}
+        return Texts(self.encode([row.text for row in rows]),
+                     [number.get(row.label, 0) for row in rows],
+                     self.class_weights if weighted else (1.0,) * len(self.labels))
+
+    def source(self, split: str) -> Texts:
+        return self.texts(self.examples[split], weighted=split == "train")
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """Sum over examples of weight * cross-entropy, at each example's last token."""
+        return classification_loss(model.classify(batch, key), jnp.asarray(batch.labels),
+                                   jnp.asarray(batch.label_weights))
+
+    def predict(self, model: Any, batch: Batch) -> jax.Array:
+        """Class probabilities `[batch, examples, labels]`."""
+        return jax.nn.softmax(model.classify(batch, None))
+
+    def evaluate(self, run: Run, split: str) -> Evaluation:
+        """Accuracy, macro F1 and mean loss; for the report also classes, confusion and rows."""
+        return self.score(run, self.examples[split])
+
+    def probabilities(self, run: Run, texts: Sequence[str]) -> np.ndarray:
+        """Class probabilities of any texts, `[texts, labels]`."""
+        rows = self.texts([Example(text, "", "") for text in texts], weighted=False)
+        return each(run, rows, self.shape, self.pad_id)
+
+    def score(self, run: Run, examples: Sequence[Example]) -> Evaluation:
+        """`evaluate` on any labelled examples."""
+        texts = self.texts(examples, weighted=False)
+        probabilities = each(run, texts, self.shape, self.pad_id)
+        truth = np.array(texts.labels)
+        losses = -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-30))
+        result = classification_metrics(truth, probabilities.argmax(1), self.labels, losses)
+        rows = [{"text": example.text, "label": example.label, "where": example.where,
+                 "predicted": self.labels[p.argmax()], "probability": float(p.max()),
+                 "probabilities": [float(x) for x in p]}
+                for example, p in zip(examples, probabilities, strict=True)]
+        return Evaluation({name: result[name] for name in self.metrics}, {**result, "rows": rows})
+
+
+def weigh_classes(weights: tuple[Any, ...], counts: Mapping[str, int]) -> tuple[float, ...]:
+    """What an example of each class counts, the classes sorted: `task.class_weights` as numbers.
+
+    Raises:
+      UserError: unless there is one positive number a class, or nothing, or "balanced".
+    """
+    labels = sorted(counts)
+    if weights == ("balanced",):
+        total = sum(counts.values())
+        return tuple(total / (len(labels) * counts[label]) for label in labels)
+    if not weights:
+        return (1.0,) * len(labels)
+    if len(weights) != len(labels) or not all(
+            isinstance(w, int | float) and 0 < w < math.inf for w in weights):
+        raise UserError(f"task.class_weights={','.join(map(str, weights))}: one positive number "
+                        f"for each of the {len(labels)} classes is wanted ({', '.join(labels)}), "
+                        "or balanced")
+    return tuple(map(float, weights))
+
+
+def check_labels(rows: Sequence[Example], labels: Sequence[str], split: str) -> None:
+    """Raises a UserError at the first row whose label is not among `labels`."""
+    for row in rows:
+        if row.label not in labels:
+            raise UserError(f"{row.where}: label {row.label!r} in {split} does not occur in "
+                            f"training, which has {', '.join(labels)}")

@@ -1,0 +1,1 @@
+"""Training: optimizer, step, loop, checkpoints, trackers, metrics and the report of a run."""

@@ -1,0 +1,154 @@
+"""A trained model from whatever a user has: a run folder, a PEFT adapter, a Hugging Face folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from glm_jax.adapters.peft import find_base, inspect_adapter, load_adapter
+from glm_jax.convert.hf import load_model
+from glm_jax.convert.released import read_json
+from glm_jax.data.packing import Shape
+from glm_jax.data.records import Example, load_records
+from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from glm_jax.errors import UserError
+from glm_jax.tasks import Run, each
+from glm_jax.tasks.classification import Classification, Texts
+from glm_jax.train import setup
+from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.evaluation import predictor
+from glm_jax.train.optimizer import make_optimizer, make_schedule
+from glm_jax.train.step import by_path, init_state
+
+SHAPE = Shape(rows=8, length=512, examples=64)  # of batches where no run's config says another
+
+
+class Trained(NamedTuple):
+    """A model with its tokenizer.
+
+    Attributes:
+      labels: the classes by number; none for a language model.
+      config: of the run, when it came from a run folder.
+      lora_config: of the adapter that is attached, if any.
+      base: the folder of the base model under the adapter.
+      data: the hash of the data of the run.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    config: ConfigDict | None = None
+    lora_config: Any = None
+    base: str = ""
+    data: str = ""
+
+    def splits(self) -> dict[str, list[Example]]:
+        """The data of the run.
+
+        Raises:
+          UserError: when it is not what the run was trained on: the splits may have moved.
+        """
+        if self.config is None or not self.labels:
+            raise UserError("only a run folder of a classification knows its data")
+        task = Classification.load(self.config.task, self.tokenizer, SHAPE)
+        if task.fingerprint() != self.data:
+            raise UserError(f"{self.config.task.train}: the data has changed since the run, and "
+                            "what was trained on may be in the test split now: give --data")
+        return task.examples
+
+    def encode_texts(self, source: str, count: int) -> list[np.ndarray]:
+        """Token ids of the first texts of a file or a named data set."""
+        records = next(iter(load_records(source, label_field=None).values()))
+        texts = [example.text for example in records[:count]]
+        return [np.asarray(ids[:SHAPE.length], np.int32)
+                for ids in self.tokenizer.encode_batch(texts)]
+
+
+def classifier(trained: Trained, mesh: Mesh) -> tuple[Classification, Run]:
+    """The task and the compiled function that evaluation and prediction need.
+
+    Raises:
+      UserError: for a language model.
+    """
+    if trained.model.head != "sequence":
+        raise UserError("this model does not classify texts; it was trained or exported with "
+                        f"the head {trained.model.head!r}")
+    shape = SHAPE if trained.config is None else Shape(
+        trained.config.batch.rows, trained.config.batch.length, trained.config.batch.examples)
+    task = Classification(None, trained.tokenizer, shape, {}, trained.labels,
+                          (1.0,) * len(trained.labels))
+    return task, predictor(trained.model, task.predict, mesh)
+
+
+def last_logits(trained: Trained, rows: Sequence[np.ndarray], mesh: Mesh) -> np.ndarray:
+    """Logits at the last token of each row of token ids `[rows, classes or vocabulary]`."""
+    run = predictor(trained.model, lambda model, batch: model.classify(batch), mesh)
+    texts = Texts(list(rows), [0] * len(rows), (1.0,))
+    return each(run, texts, SHAPE, trained.tokenizer.pad_id)
+
+
+def load_trained(folder: str | Path, mesh: Mesh, step: int | None = None) -> Trained:
+    """Loads what is in `folder`, whichever kind of folder it is.
+
+    Args:
+      step: of a run folder; its best one by default, the last where none was evaluated yet.
+
+    Raises:
+      UserError: when it is none of the kinds, or damaged.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        return _adapter(folder, mesh)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: neither a run folder nor an exported model or adapter: there "
+                        "is no config.json and no adapter_config.json")
+    raw = read_json(folder / "config.json")
+    if "identity" in raw:
+        return _run(folder, raw, mesh, step)
+    model = load_model(folder, mesh=mesh)
+    return Trained(model, load_tokenizer(folder), labels_of(model))
+
+
+def labels_of(model: Any) -> tuple[str, ...]:
+    if model.head == "lm":
+        return ()
+    names = model.config.id2label or {i: f"LABEL_{i}" for i in range(model.config.num_labels)}
+    return tuple(names[i] for i in sorted(names))
+
+
+def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["best"] | None
+         ) -> Trained:
+    config, labels = ConfigDict(raw["config"]), tuple(raw["labels"])
+    was, now = raw["identity"], setup.model_hashes(config)
+    if changed := [name for name in now if was.get(name, now[name]) != now[name]]:
+        raise UserError(f"{config.model.path}: it has changed since {folder} was trained on it "
+                        f"({changed[0]}); put the old one back, or load an exported folder")
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    parts = setup.make_parts(config, "sequence" if labels else "lm", labels, mesh, tokenizer)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2**31))
+    state = init_state(by_path(parts.trainable), optimizer, mesh)
+    host = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        if step is None and checkpoints.best_step() is not None:
+            step = "best"
+        restored = checkpoints.restore({"state": state, "host": host}, None, step)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise UserError(f"{folder}: no checkpoint yet")
+    model = parts.model(restored[1]["state"]["trainable"])
+    return Trained(model, tokenizer, labels, config, parts.lora_config, config.model.path,
+                   was["data sha256"])
+
+
+def _adapter(folder: Path, mesh: Mesh) -> Trained:
+    about, base = inspect_adapter(folder), find_base(folder)
+    names: dict[str, Any] = {"id2label": about.id2label} if about.id2label else {}
+    model = load_model(base, head=about.head, mesh=mesh, **names)
+    lora_config = load_adapter(model, folder)
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").exists() else base)
+    return Trained(model, tokenizer, labels_of(model), None, lora_config, about.base)

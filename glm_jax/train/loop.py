@@ -1,0 +1,259 @@
+"""The training loop: resumes, trains, evaluates, keeps the best, stops early, and exports it."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from glm_jax.convert.released import read_json
+from glm_jax.data.packing import Batches, stream
+from glm_jax.errors import UserError
+from glm_jax.files import write_json_atomic
+from glm_jax.parallel.mesh import put
+from glm_jax.tasks import Evaluation
+from glm_jax.train import setup
+from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.evaluation import Predictor
+from glm_jax.train.export import export
+from glm_jax.train.optimizer import make_optimizer, make_schedule
+from glm_jax.train.report import write_report
+from glm_jax.train.step import by_path, init_state, make_step
+from glm_jax.train.trackers import Tracker, open_tracker
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+class Finished(NamedTuple):
+    """What `result.json` holds, and the final evaluation with its rows."""
+
+    result: dict[str, Any]
+    final: Evaluation
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and has saved: `signal` says by what."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is "
+                         "saved; the same command goes on from there")
+        self.signal = signum
+
+
+def train(config: Any, workdir: Path) -> Finished:
+    """Runs a config to its end in `workdir`, or goes on where it stopped.
+
+    Raises:
+      UserError: for bad input, a run folder of another config, or a loss that stays not finite.
+      Interrupted: after SIGTERM or Ctrl-C.
+    """
+    started = time.monotonic()
+    run = setup.build(config)
+    identity = setup.identity(config, run.task)
+    setup.check_same_run(workdir, identity)
+    with jax.set_mesh(run.mesh):
+        loop = Loop(config, workdir, run, started)
+        # From here on nothing is wrong with the config: a bad one leaves no folder behind.
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(workdir / "config.json", {
+            "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
+        return loop.run()
+
+
+class Loop:
+    """One run; its `host` counters lie in each checkpoint beside the arrays."""
+
+    def __init__(self, config: Any, workdir: Path, run: setup.Run, started: float):
+        self.config, self.workdir, self.started = config, workdir, started
+        self.mesh, self.task, self.parts = run.mesh, run.task, run.parts
+        self.tokenizer = run.tokenizer
+        task, parts = run.task, run.parts
+        if config.eval.metric not in task.metrics:
+            raise UserError(f"eval.metric={config.eval.metric!r}: choose one of "
+                            + ", ".join(task.metrics))
+        batches = Batches(task.source("train"), task.shape, task.pad_id, config.seed)
+        self.steps = config.steps or max(1, round(config.epochs * batches.epoch_steps(0)))
+        self.schedule = make_schedule(config.optimizer, self.steps)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.state = init_state(by_path(parts.trainable), optimizer, run.mesh)
+        self.step_function = make_step(parts.graphdef, parts.trainable, task.loss, optimizer,
+                                       self.state, seed=config.seed,
+                                       accumulate=config.batch.accumulate)
+        self.predictor = Predictor(parts.graphdef, parts.trainable, parts.frozen, task.predict,
+                                   run.mesh)
+        self.data = stream(batches)
+        self.checkpoints = Checkpoints(workdir / "checkpoints")
+        worst = math.inf if config.eval.metric in LOWER_IS_BETTER else -math.inf
+        self.host = {"best": worst, "best_step": 0, "stale": 0, "seconds": 0.0}
+        self.first_step_seconds = 0.0
+
+    def run(self) -> Finished:
+        restored = self.checkpoints.restore({"state": self.state, "host": self.host}, self.data)
+        step = 0
+        if restored is not None:
+            step, tree = restored
+            self.state, self.host = tree["state"], tree["host"]
+            logging.info("going on from step %d", step)
+        try:
+            if not self.is_over(step):
+                tracker = open_tracker(self.workdir, self.steps, None if restored is None else step,
+                                       config=self.config.to_dict(),
+                                       tensorboard=self.config.log.tensorboard,
+                                       wandb_project=self.config.log.wandb_project)
+                with contextlib.closing(tracker), asked_to_stop() as asked:
+                    step = self.train(step, tracker, asked)
+            self.checkpoints.wait()
+            return self.finish(step)
+        finally:
+            self.checkpoints.close()
+
+    def train(self, step: int, tracker: Tracker, asked: Callable[[], int | None]) -> int:
+        """Steps until the end, early stopping or a signal; returns the last step."""
+        config, log = self.config, Log(self.config, self.schedule, tracker)
+        before = self.host["seconds"]
+        while not self.is_over(step):
+            batch = put(next(self.data), self.mesh)
+            self.state, metrics = self.step_function(self.state, self.parts.frozen, batch)
+            step += 1
+            log.put(step, metrics)  # reads the numbers of the step before, while this one runs
+            if not self.first_step_seconds:
+                jax.block_until_ready(metrics)
+                self.first_step_seconds = time.monotonic() - self.started
+            evaluate = step % config.eval.every == 0 or step == self.steps
+            save = config.checkpoint.every and step % config.checkpoint.every == 0
+            stop = asked()
+            if evaluate or save or stop:
+                log.flush()
+                best = evaluate and self.judge(step, tracker)
+                self.host["seconds"] = before + time.monotonic() - self.started
+                self.checkpoints.save(step, {"state": self.state, "host": self.host}, self.data,
+                                      best=best)
+                log.restart_clock()
+            if stop:
+                self.checkpoints.wait()
+                raise Interrupted(stop, step)
+        log.flush()
+        return step
+
+    def is_over(self, step: int) -> bool:
+        """Whether this was the last step, by number or by early stopping."""
+        patience = self.config.eval.patience
+        return step >= self.steps or (patience > 0 and self.host["stale"] >= patience)
+
+    def judge(self, step: int, tracker: Tracker) -> bool:
+        """Evaluates on dev; whether this is the best so far."""
+        metrics = self.evaluate("dev").metrics
+        tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        name = self.config.eval.metric
+        better = metrics[name] < self.host["best"] if name in LOWER_IS_BETTER else \
+            metrics[name] > self.host["best"]
+        if better:
+            self.host.update(best=float(metrics[name]), best_step=step, stale=0)
+        else:
+            self.host["stale"] += 1
+        return better
+
+    def evaluate(self, split: str) -> Evaluation:
+        return self.task.evaluate(self.predictor.on(self.state["trainable"]), split)
+
+    def finish(self, step: int) -> Finished:
+        """Restores the best step, measures it on the final split, exports it and reports."""
+        skipped, seconds = int(self.state["skipped"]), self.host["seconds"]
+        if self.host["best_step"]:
+            restored = self.checkpoints.restore({"state": self.state, "host": self.host},
+                                                None, "best")
+            if restored is not None:
+                self.state = restored[1]["state"]
+        task = self.task
+        final = self.evaluate(task.final)
+        trained = setup.count(self.parts.trainable)
+        path, first = self.workdir / "result.json", round(self.first_step_seconds, 3)
+        if not first and path.exists():  # the command again, after its end: all stays as it was
+            first = read_json(path).get("seconds_to_first_step", first)
+        result = {
+            task.final: final.metrics, "best_step": self.host["best_step"],
+            "best": {self.config.eval.metric: self.host["best"]}, "steps": step,
+            "skipped_steps": skipped, "seconds": round(seconds, 3),
+            "seconds_to_first_step": first,
+            "parameters": {"trainable": trained,
+                           "total": trained + setup.count(self.parts.frozen)}}
+        exported = export(self.config, self.parts.model(self.state["trainable"]),
+                          self.parts.lora_config, self.tokenizer, self.workdir)
+        result["exported"] = exported
+        write_json_atomic(path, result)
+        write_report(self.workdir, final.report, task.final)
+        return Finished(result, final)
+
+
+class Log:
+    """Hands each step's numbers on one step late, so that reading them stops nothing."""
+
+    def __init__(self, config: Any, schedule: Callable[[int], Any], tracker: Tracker):
+        self.config, self.schedule, self.tracker = config, schedule, tracker
+        self.waiting: tuple[int, Any] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Tokens are counted from now on: evaluating and saving is not training."""
+        self.tokens, self.since = 0, time.monotonic()
+
+    def put(self, step: int, metrics: Any) -> None:
+        self.flush()
+        self.waiting = step, metrics
+
+    def flush(self) -> None:
+        """Reads the step that waits, logs it when its turn has come, and minds bad losses.
+
+        Raises:
+          UserError: when too many losses in a row were not finite.
+        """
+        if self.waiting is None:
+            return
+        step, metrics = self.waiting
+        self.waiting = None
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        self.tokens += values["tokens"]
+        if values["skipped_in_a_row"]:
+            logging.warning("step %d: loss %s or its gradient is not finite; the step is skipped",
+                            step, values["loss"])
+            if values["skipped_in_a_row"] >= self.config.max_skipped:
+                raise UserError(
+                    f"the loss was not finite for {values['skipped_in_a_row']} steps in a row, up "
+                    f"to step {step}; the last good checkpoint is kept. Lower "
+                    "optimizer.learning_rate, or look at the data of these steps")
+        if step % self.config.log.every == 0:
+            seconds = max(time.monotonic() - self.since, 1e-9)
+            self.tracker.log(step, {
+                "train/loss": values["loss"], "train/grad_norm": values["grad_norm"],
+                "train/learning_rate": float(self.schedule(step - 1 - values["skipped"])),
+                "train/tokens_per_second": self.tokens / seconds,
+                "train/skipped": values["skipped"]})
+            self.restart_clock()
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], int | None]]:
+    """Within: SIGTERM and Ctrl-C only leave a note; a second one ends the program at once."""
+    notes: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        notes.append(signum)
+        for s, old in zip(signals, before, strict=True):
+            signal.signal(s, old)
+
+    before = [signal.getsignal(s) for s in signals]
+    for s in signals:
+        signal.signal(s, note)
+    try:
+        yield lambda: notes[0] if notes else None
+    finally:
+        for s, old in zip(signals, before, strict=True):
+            signal.signal(s, old)

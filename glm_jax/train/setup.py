@@ -1,0 +1,230 @@
+"""From a config to what a run needs: mesh, task, model, and the trainable / frozen partition."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from glm_jax.adapters import lora, partition
+from glm_jax.convert.hf import init_model, load_model
+from glm_jax.convert.released import Released, read_json
+from glm_jax.data.packing import Shape
+from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from glm_jax.errors import UserError
+from glm_jax.models import architecture_of
+from glm_jax.parallel.mesh import data_ways, make_mesh
+from glm_jax.tasks import Task
+from glm_jax.tasks.classification import Classification
+from glm_jax.tasks.pretrain import Pretrain
+from glm_jax.train.step import bind, by_path
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What may differ when a run goes on: the mesh, what is logged, and where files lie. The files
+# themselves are compared by their hashes.
+FREE = ("mesh", "log", "model.path", "model.tokenizer", "task.train", "task.dev", "task.test",
+        "task.corpus")
+
+
+# The least that a field may be; without it a run would fail late, or do nothing.
+LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batch.examples": 1,
+         "batch.accumulate": 1, "eval.every": 1, "eval.patience": 0, "checkpoint.every": 0,
+         "log.every": 1, "seed": 0, "optimizer.learning_rate": 0, "optimizer.warmup": 0,
+         "optimizer.final": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+         "mesh.cpu_devices": 0}
+
+
+class Parts(NamedTuple):
+    """A model split into what trains and what does not; `nnx.merge` puts the first three together.
+
+    Attributes:
+      graphdef, trainable, frozen: of `adapters.partition`.
+      lora_config: of the adapter, if there is one.
+    """
+
+    graphdef: nnx.GraphDef
+    trainable: nnx.State
+    frozen: nnx.State
+    lora_config: lora.LoRAConfig | None
+
+    def model(self, arrays: dict[str, jax.Array]) -> Any:
+        """The model with these trainable parameters."""
+        return nnx.merge(self.graphdef, bind(self.trainable, arrays), self.frozen)
+
+
+class Run(NamedTuple):
+    """The parts of a run."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    task: Task
+    parts: Parts
+
+
+def build(config: Any) -> Run:
+    """Reads data and weights, attaches the adapter and splits the parameters.
+
+    Raises:
+      UserError: for whatever is wrong with the config, the data or the weights.
+    """
+    check_numbers(config)
+    mesh = make_mesh({k: v for k, v in config.mesh.items() if k != "cpu_devices"})
+    rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
+    if rows % ways:
+        raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × fsdp "
+                        f"= {ways}")
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    task = make_task(config, tokenizer)
+    return Run(mesh, tokenizer, task, make_parts(config, task.head, task.labels, mesh, tokenizer))
+
+
+def check_numbers(config: Any) -> None:
+    """Raises a UserError for a number that makes no sense."""
+    fields = flatten(config.to_dict())
+    for name, least in LEAST.items():
+        if not least <= fields[name] < math.inf:
+            raise UserError(f"{name}={fields[name]}: it must be at least {least}")
+    if not config.steps and not 0 < config.epochs < math.inf:
+        raise UserError(f"epochs={config.epochs}: it must be positive where steps is 0")
+
+
+def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokenizer: Tokenizer
+               ) -> Parts:
+    """The model that a config asks for, its adapter attached, split by `config.trainable`.
+
+    What trains is kept in float32, what does not in the dtype that is computed in.
+    """
+    model = make_model(config, head, labels, mesh)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                        f"{model.config.vocab_size}; is it the tokenizer of these weights?")
+    lora_config = None
+    if config.adapter.name == "lora":
+        if config.model.init != "pretrained":
+            raise UserError("an adapter on random weights could not be loaded again: use "
+                            "model.init='pretrained', or adapter.name=''")
+        lora_config = lora.LoRAConfig(
+            r=config.adapter.r, lora_alpha=config.adapter.alpha,
+            lora_dropout=config.adapter.dropout, target_modules=tuple(config.adapter.targets),
+            use_rslora=config.adapter.rslora, modules_to_save=("score",) if labels else ())
+        lora.attach(model, lora_config, seed=config.seed, mesh=mesh)
+    elif config.adapter.name:
+        raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
+    if model.config.model_type == "conv_rnn" and config.batch.examples != 1:
+        raise UserError(f"batch.examples={config.batch.examples}: conv_rnn takes one example a row")
+    graphdef, trainable, frozen = partition(model, config.trainable)
+    if lora_config is not None:
+        check_exportable(trainable, lora_config)
+    dtype = dtype_of(config)
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    frozen = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating)
+                          else x, frozen)
+    return Parts(graphdef, trainable, frozen, lora_config)
+
+
+def check_exportable(trainable: nnx.State, config: lora.LoRAConfig) -> None:
+    """Raises a UserError when something trains that the adapter's folder does not hold."""
+    for path in by_path(trainable):
+        if ".adapter." not in path and path.partition(".")[0] not in config.modules_to_save:
+            raise UserError(f"trainable: it names {path}, which an adapter's folder has no place "
+                            "for; use adapter.name='' to train the model's own parameters")
+
+
+def dtype_of(config: Any) -> Any:
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.model.dtype!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[config.model.dtype]
+
+
+def make_task(config: Any, tokenizer: Tokenizer) -> Task:
+    batch = config.batch
+    if config.task.name == "classification":
+        return Classification.load(config.task, tokenizer,
+                                   Shape(batch.rows, batch.length, batch.examples))
+    if config.task.name == "pretrain":
+        return Pretrain(config.task, tokenizer, Shape(batch.rows, batch.length, batch.length),
+                        config.seed)
+    raise UserError(f"task.name={config.task.name!r}: choose 'classification' or 'pretrain'")
+
+
+def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh) -> Any:
+    """The model with a head: loaded from `model.path`, or random (`model.init`)."""
+    fields: dict[str, Any] = {"id2label": dict(enumerate(labels))} if labels else {}
+    dtype = dtype_of(config)
+    if config.model.init == "pretrained":
+        kept = dtype if config.adapter.name else jnp.float32
+        return load_model(config.model.path, head=head, dtype=dtype, param_dtype=kept, mesh=mesh,
+                          seed=config.seed, **fields)
+    if config.model.init != "random":
+        raise UserError(f"model.init={config.model.init!r}: choose 'pretrained' or 'random'")
+    raw = dict(config.model.config) or read_json(Path(config.model.path) / "config.json")
+    architecture = architecture_of(raw, "model.config")
+    return init_model(architecture, architecture.config.from_dict({**raw, **fields}), head,
+                      dtype=dtype, param_dtype=jnp.float32, mesh=mesh, seed=config.seed)
+
+
+def identity(config: Any, task: Task) -> dict[str, Any]:
+    """What a run folder belongs to: the config but for `FREE`, and hashes of weights and data."""
+    fields = {name: value for name, value in flatten(config.to_dict()).items()
+              if not any(name == free or name.startswith(free + ".") for free in FREE)}
+    return fields | {"data sha256": task.fingerprint()} | model_hashes(config)
+
+
+def model_hashes(config: Any) -> dict[str, str]:
+    """Hashes of what lies outside a run folder and must stay as it was: tokenizer and base."""
+    base = Path(config.model.path)
+    hashes = {"tokenizer sha256": sha256([Path(config.model.tokenizer or base) / "tokenizer.json"])}
+    if config.model.init == "pretrained":
+        hashes["weights sha256"] = sha256(Released(base).files())
+    if config.model.init == "pretrained" or not config.model.config:
+        hashes["model config sha256"] = sha256([base / "config.json"])
+    return hashes
+
+
+def check_same_run(workdir: Path, new: Mapping[str, Any]) -> None:
+    """Raises a UserError when a folder holds a run of a different config, or no run at all."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{workdir}: a file, not a folder; give another --workdir")
+        return
+    old = read_json(path).get("identity")
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: not written by a run; give another --workdir")
+    other = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if other:
+        shown = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+                          for name in other[:5])
+        raise UserError(f"{workdir} was made by a different config ({shown}); give another "
+                        "--workdir, or delete that folder")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted names; tuples become lists, as JSON gives them back."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over files, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def count(state: nnx.State) -> int:
+    """How many numbers a state holds."""
+    return sum(x.size for x in jax.tree.leaves(state))

@@ -1,0 +1,101 @@
+"""The training step: one jitted function over (trainable state, frozen parameters, batch)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm_jax.nn.batch import Batch
+
+State = dict[str, Any]
+Loss = Callable[[Any, Batch, jax.Array | None], jax.Array]
+
+
+def by_path(state: nnx.State) -> dict[str, jax.Array]:
+    """The arrays of a state by dotted path."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def bind(template: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
+    """The opposite of `by_path`: `template` with these arrays."""
+    return nnx.from_flat_state([(path, leaf.replace(arrays[".".join(map(str, path))]))
+                                for path, leaf in nnx.to_flat_state(template)])
+
+
+def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation,
+               mesh: Mesh) -> State:
+    """Trainable parameters (float32 or the config's), optimizer state and counters, on the mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    # Called eagerly, so that the moments inherit the parameters' shardings.
+    opt = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else
+                       jax.device_put(x, whole), optimizer.init(trainable))
+    counters = {name: jax.device_put(jnp.int32(0), whole)
+                for name in ("step", "skipped", "skipped_in_a_row")}
+    return {"trainable": trainable, "optimizer": opt, **counters}
+
+
+def batch_weight(batch: Batch) -> jax.Array:
+    """What the loss of a batch is divided by: the sum of the weights of what is learned."""
+    weights = batch.weights if batch.label_weights is None else batch.label_weights
+    return jnp.sum(jnp.asarray(weights))
+
+
+def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
+              optimizer: optax.GradientTransformation, state: State, *, seed: int,
+              accumulate: int = 1) -> Callable[[State, nnx.State, Batch], tuple[State, Any]]:
+    """Builds `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
+
+    Only the trainable parameters are differentiated. With `accumulate` the rows of a batch are
+    taken in so many micro-batches; the loss is the mean over the weights of the whole batch. A
+    loss or gradient that is not finite leaves the parameters as they are and is counted.
+
+    Args:
+      graphdef, trainable: of the model's partition; of `trainable` only the structure.
+      loss: (model, batch, dropout key) -> the sum of weighted losses.
+      state: of `init_state`; its shardings are those of the result.
+      seed: of the dropout keys; the key of a step follows from it and the step's number.
+    """
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
+    del trainable
+
+    def total(arrays: dict[str, jax.Array], frozen: nnx.State, batch: Batch, key: jax.Array,
+              weight: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, bind(template, arrays), frozen)
+        return loss(model, batch, key) / weight
+
+    gradient = jax.value_and_grad(total)
+
+    def step(state: State, frozen: nnx.State, batch: Batch) -> tuple[State, Any]:
+        arrays = state["trainable"]
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        weight = jnp.maximum(batch_weight(batch), 1e-6)
+        if accumulate == 1:
+            value, grads = gradient(arrays, frozen, batch, key, weight)
+        else:
+            def add(carry: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, gradient(arrays, frozen, *part, weight)), None
+            # Every n-th row, so that each micro-batch has rows of every device.
+            micro = jax.tree.map(
+                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, arrays))
+            (value, grads), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
+        norm = optax.global_norm(grads)
+        updates, opt = optimizer.update(grads, state["optimizer"], arrays)
+        fine = jnp.isfinite(value) & jnp.isfinite(norm)
+        new = {"trainable": optax.apply_updates(arrays, updates), "optimizer": opt}
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+        bad = (~fine).astype(jnp.int32)
+        new |= {"step": state["step"] + 1, "skipped": state["skipped"] + bad,
+                "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * bad}
+        metrics = {"loss": value, "grad_norm": norm, "skipped": new["skipped"],
+                   "skipped_in_a_row": new["skipped_in_a_row"],
+                   "tokens": jnp.sum(jnp.asarray(batch.segments) > 0)}
+        return new, metrics
+
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))

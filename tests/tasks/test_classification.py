@@ -1,0 +1,142 @@
+"""Texts and labels to arrays, class weights, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from glm_jax.data.packing import Shape, assemble
+from glm_jax.data.records import Example
+from glm_jax.data.tokenizer import load_tokenizer
+from glm_jax.errors import UserError
+from glm_jax.nn.loss import classification_loss
+from glm_jax.tasks import each
+from glm_jax.tasks.classification import Classification, check_labels, weigh_classes
+
+SHAPE = Shape(4, 32, 4)
+
+
+@pytest.fixture
+def load(base, tmp_path):
+    """`load(train rows, dev rows, test rows, field=…)`: rows are (text, label)."""
+    def make(*splits, **fields):
+        names = {}
+        for name, rows in zip(("train", "dev", "test"), splits, strict=False):
+            path = tmp_path / f"{name}.csv"
+            path.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows))
+            names[name] = str(path)
+        config = ConfigDict({"train": "", "dev": "", "test": "", "text": "text", "label": "label",
+                             "class_weights": ()} | names | fields)
+        return Classification.load(config, load_tokenizer(base), SHAPE)
+    return make
+
+
+TRAIN = [("很好", "b"), ("不好", "a"), ("还行", "c"), ("太好了", "b")]
+
+
+def test_examples_as_arrays(load):
+    task = load(TRAIN, [("房间好", "b")], [("床脏", "a")])
+    assert task.labels == ("a", "b", "c")
+    source = task.source("train")
+    prefix = [task.tokenizer.token_id(name) for name in ("[gMASK]", "<sop>")]
+    for i, (text, label) in enumerate(TRAIN):
+        piece = source.piece(i, 0)
+        assert piece.tokens[:2].tolist() == prefix
+        assert task.tokenizer.decode(piece.tokens.tolist()) == text
+        assert (piece.label, piece.label_weight) == ("abc".index(label), 1.0)
+        assert source.lengths(0)[i] == len(piece.tokens)
+
+
+def test_a_long_text_is_cut_to_a_row(load):
+    task = load([("好坏" * 50, "a"), ("床", "b")], [("房", "a")], [("房", "a")])
+    tokens = task.source("train").piece(0, 0).tokens
+    assert len(tokens) == SHAPE.length
+    assert tokens.tolist() == task.tokenizer.encode("好坏" * 50)[:SHAPE.length]
+
+
+def test_class_weights_count_in_training_only(load):
+    task = load(TRAIN, TRAIN, TRAIN, class_weights=(1, 2.5, 3))
+    assert [task.source("train").piece(i, 0).label_weight for i in range(4)] == [2.5, 1, 3, 2.5]
+    assert [task.source("dev").piece(i, 0).label_weight for i in range(4)] == [1] * 4
+    assert load(TRAIN, TRAIN, TRAIN, class_weights=("balanced",)).class_weights == pytest.approx(
+        [4 / 3, 4 / 6, 4 / 3])
+
+
+@pytest.mark.parametrize("weights", [(1, 2), (1, 2, -1), (1, 2, 0), ("balance",), ("a", "b", "c"),
+                                     (1, 2, float("nan"))])
+def test_bad_class_weights(weights):
+    with pytest.raises(UserError, match="one positive number for each of the 3 classes"):
+        weigh_classes(weights, {"a": 1, "b": 2, "c": 3})
+
+
+def test_the_weighted_loss_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(4, 5, 3)).astype(np.float32)
+    labels = draw.integers(0, 3, (4, 5))
+    weights = np.array([0.3, 1.0, 2.2], np.float32)
+    there = draw.random((4, 5)) < 0.7
+    counted = weights[labels] * there
+    ours = classification_loss(jnp.asarray(logits), labels, counted) / counted.sum()
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(logits[there]), torch.tensor(labels[there]), torch.tensor(weights))
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_labels_unseen_in_training_are_refused_by_file_and_line(load, tmp_path):
+    with pytest.raises(UserError) as error:
+        load(TRAIN, [("好", "a")], [("好", "a"), ("坏", "d")])
+    assert str(error.value) == (f"{tmp_path / 'test.csv'}:3: label 'd' in test does not occur in "
+                                "training, which has a, b, c")
+    check_labels([Example("好", "a", "x:1")], ("a", "b"), "dev")
+
+
+def test_one_class_is_no_classification(load):
+    with pytest.raises(UserError, match="every row has the label 'a'; is 'label' the label column"):
+        load([("好", "a"), ("坏", "a")], [("好", "a")], [("坏", "a")])
+
+
+def test_the_fingerprint_is_that_of_all_splits(load):
+    same = [load(TRAIN, TRAIN[:1], TRAIN[1:3]).fingerprint() for _ in range(2)]
+    assert same[0] == same[1]
+    assert load(TRAIN, TRAIN[:1], TRAIN[1:4]).fingerprint() != same[0]
+    assert load(TRAIN, [("很好", "a")], TRAIN[1:3]).fingerprint() != same[0]
+
+
+def biased(task):
+    """A `run` that gives each example probabilities made from its first letter's token."""
+    def run(batch):
+        first = np.take_along_axis(batch.tokens, batch.pool_index, 1)  # the last token
+        scores = np.stack([np.sin(first * k) for k in (1, 2, 3)], -1)
+        return jax.nn.softmax(scores)
+    return run
+
+
+def test_each_keeps_the_order_of_the_examples(load):
+    draw = np.random.default_rng(0)
+    texts = ["".join(draw.choice(list("房间干净早餐差"), draw.integers(1, 9))) for _ in range(40)]
+    task = load(TRAIN, TRAIN, TRAIN)
+    run = biased(task)
+    together = task.probabilities(run, texts)
+    alone = np.concatenate([task.probabilities(run, [text]) for text in texts])
+    np.testing.assert_array_equal(together, alone)
+    assert len(np.unique(together[:, 0])) > 3
+    source = task.texts([Example(text, "", "") for text in texts], weighted=False)
+    lengths = each(lambda batch: batch.pool_index, source, SHAPE, task.pad_id)
+    assert lengths.shape == (40,)
+
+
+def test_figures_of_an_evaluation(load):
+    rows = [(text, label) for text, label in zip("房间干净早餐差床", "abcabcab", strict=True)]
+    task = load(TRAIN, rows, rows)
+    result = task.evaluate(biased(task), "dev")
+    p = task.probabilities(biased(task), [text for text, _ in rows])
+    truth = np.array(["abc".index(label) for _, label in rows])
+    assert result.metrics["accuracy"] == np.mean(p.argmax(1) == truth)
+    assert result.metrics["loss"] == pytest.approx(-np.log(p[np.arange(8), truth]).mean(), rel=1e-5)
+    assert tuple(result.metrics) == task.metrics
+    row = result.report["rows"][3]
+    assert (row["text"], row["label"], row["predicted"]) == ("净", "a", "abc"[p[3].argmax()])
+    assert row["where"].endswith("dev.csv:5")
+    assert assemble([[task.source("dev").piece(3, 0)]], SHAPE, 0).labels[0, 0] == 0

@@ -1,0 +1,178 @@
+"""The loop: stops and goes on, keeps the best, stops early, and leaves nothing doubled or lost."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from glm_jax.errors import UserError
+from glm_jax.tasks import Evaluation
+from glm_jax.tasks.classification import Classification
+from glm_jax.train import loop
+from glm_jax.train.load import load_trained
+from glm_jax.train.step import by_path
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if "second" not in name}
+            for line in lines]
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """`stop_at(3)`: the process is sent SIGTERM when step 3 is logged."""
+    def set_step(step, signum=signal.SIGTERM):
+        put = loop.Log.put
+
+        def put_and_stop(self, number, metrics):
+            put(self, number, metrics)
+            if number == step:
+                os.kill(os.getpid(), signum)
+        monkeypatch.setattr(loop.Log, "put", put_and_stop)
+    return set_step
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """`scores(0.5, 0.8)`: what dev's evaluations give; the list returned is what was evaluated."""
+    def set_scores(*values):
+        asked, left = [], iter(values)
+
+        def evaluate(self, run, split):
+            asked.append(split)
+            accuracy = next(left) if split == "dev" else 0.25
+            return Evaluation({"accuracy": accuracy, "f1": 0.0, "loss": 1 - accuracy}, {})
+        monkeypatch.setattr(Classification, "evaluate", evaluate)
+        return asked
+    return set_scores
+
+
+def test_stopped_and_gone_on_is_the_same_as_never_stopped(smoke, stop_at, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finished = loop.train(smoke(), whole)
+    assert [row["step"] for row in rows(whole)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for step, name in ((1, signal.SIGTERM), (4, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            stop_at(step, name) if patch else None
+            with pytest.raises(loop.Interrupted, match=f"{name.name} after step {step}, which"):
+                loop.train(smoke(), parts)
+        monkeypatch.undo()
+        assert signal.getsignal(name) in (signal.SIG_DFL, signal.default_int_handler)
+    # Rows of a past that did not happen, and one torn by a crash.
+    with open(parts / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train/loss": 99}\n{"step": 6, "tr')
+    again = loop.train(smoke(), parts)
+    assert rows(parts) == rows(whole)
+    assert content(parts / "adapter") == content(whole / "adapter")
+    assert again.result["test"] == finished.result["test"]
+    assert again.result["seconds"] > 0
+
+
+def test_a_finished_run_is_not_trained_again(smoke, tmp_path, monkeypatch):
+    loop.train(smoke(**{"log.tensorboard": True}), tmp_path)
+    before = content(tmp_path)
+    monkeypatch.setattr(loop.Log, "put", lambda *a: pytest.fail("it trains again"))
+    loop.train(smoke(**{"log.tensorboard": True}), tmp_path)
+    assert content(tmp_path) == before
+    (tmp_path / "result.json").unlink()  # killed before it was written
+    loop.train(smoke(**{"log.tensorboard": True}), tmp_path)
+    assert set(content(tmp_path)) == set(before)
+
+
+def test_the_best_on_dev_is_what_is_tested_and_exported(smoke, scores, stop_at, tmp_path,
+                                                        monkeypatch):
+    """Two evaluations without a better one end the run, also when it was stopped in between."""
+    fields = {"eval.every": 1, "eval.patience": 2, "checkpoint.every": 0, "steps": 20,
+              "optimizer.schedule": "constant"}
+    seen = {}
+    evaluate = loop.Loop.evaluate
+
+    def remember(self, split):
+        seen.setdefault(split, []).append(jax.tree.map(np.asarray, self.state["trainable"]))
+        return evaluate(self, split)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "evaluate", remember)
+        asked = scores(0.5, 0.8, 0.8, 0.9)
+        stop_at(3)
+        with pytest.raises(loop.Interrupted):
+            loop.train(smoke(**fields), tmp_path)
+    monkeypatch.undo()
+    assert asked == ["dev"] * 3  # the test split has not been looked at
+    monkeypatch.setattr(loop.Loop, "evaluate", remember)
+    asked = scores(0.7, 0.99)
+    result = loop.train(smoke(**fields), tmp_path).result
+    assert asked == ["dev", "test"]  # stale since step 2: once more is twice
+    assert (result["steps"], result["best_step"], result["best"]) == (4, 2, {"accuracy": 0.8})
+    assert result["test"]["accuracy"] == 0.25
+    best, tested = seen["dev"][1], seen["test"][0]
+    for name, value in best.items():
+        np.testing.assert_array_equal(tested[name], value)
+        assert (value != seen["dev"][-1][name]).any()
+    exported = by_path(jax.tree.map(lambda x: x, _parameters(tmp_path / "adapter")))
+    for name, value in best.items():
+        np.testing.assert_array_equal(exported[name], value, name)
+    loop.train(smoke(**fields), tmp_path)  # it is over, although steps are left
+    assert asked == ["dev", "test", "test"]
+
+
+def _parameters(folder):
+    from flax import nnx
+
+    from glm_jax.parallel.mesh import make_mesh
+    return nnx.state(load_trained(folder, make_mesh({"data": 1})).model, nnx.Param)
+
+
+def test_lower_is_better_for_a_loss(smoke, scores, tmp_path):
+    scores(0.2, 0.6, 0.4)
+    result = loop.train(smoke(**{"eval.every": 2, "eval.metric": "loss"}), tmp_path).result
+    assert (result["best_step"], result["best"]) == (4, {"loss": 0.4})
+
+
+def test_losses_that_stay_infinite_stop_the_run_and_the_good_steps_stay(smoke, tmp_path, caplog):
+    fields = {"optimizer.learning_rate": 1e30, "max_skipped": 2, "checkpoint.every": 1}
+    with pytest.raises(UserError, match=r"not finite for 2 steps in a row.*learning_rate"):
+        loop.train(smoke(**fields), tmp_path)
+    assert "not finite; the step is skipped" in caplog.text
+    skipped = [row["train/skipped"] for row in rows(tmp_path)]
+    assert skipped[:2] == [0, 1], skipped
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "result.json").exists()
+    state = _parameters(tmp_path)  # the last checkpoint is whole
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    # The count of skipped steps is in the checkpoint: going on stops at once.
+    with pytest.raises(UserError, match="steps in a row"):
+        loop.train(smoke(**fields), tmp_path)
+    assert len(rows(tmp_path)) <= len(skipped) + 1
+
+
+def test_a_checkpoint_with_a_changed_byte_is_not_used(smoke, stop_at, tmp_path, caplog,
+                                                      monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train(smoke(), whole)
+    stop_at(4)
+    with pytest.raises(loop.Interrupted):
+        loop.train(smoke(), parts)
+    monkeypatch.undo()
+    files = [p for p in (parts / "checkpoints" / "4").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    largest.write_bytes(damaged)
+    loop.train(smoke(), parts)
+    assert "has changed since it was written: checkpoint 4 is not used" in caplog.text
+    assert rows(parts) == rows(whole)
+    assert content(parts / "adapter") == content(whole / "adapter")
+
+
+def test_the_bar_shows_training_speed_without_evaluation():
+    log = loop.Log.__new__(loop.Log)
+    log.tokens, log.since = 1000, 0.0
+    log.restart_clock()
+    assert log.tokens == 0 and log.since > 0

@@ -1,0 +1,120 @@
+"""From a config to the parts of a run, and what a run folder belongs to."""
+
+import jax.numpy as jnp
+import pytest
+
+from glm_jax.errors import UserError
+from glm_jax.train import setup
+from glm_jax.train.step import by_path
+
+
+def dtypes(state):
+    return {str(x.dtype) for x in by_path(state).values()}
+
+
+def test_lora_in_bfloat16_trains_in_float32(smoke):
+    run = setup.build(smoke(**{"model.dtype": "bfloat16"}))
+    assert dtypes(run.parts.trainable) == {"float32"}
+    assert dtypes(run.parts.frozen) == {"bfloat16"}
+    assert run.parts.model(by_path(run.parts.trainable)).dtype == jnp.bfloat16
+    assert run.task.labels == ("好", "差")
+    assert run.parts.model(by_path(run.parts.trainable)).config.id2label == {0: "好", 1: "差"}
+
+
+@pytest.mark.parametrize(("variant", "trained"), [
+    ("full", "all"), ("head", {"score.kernel"}), ("scratch", "all"), ("conv-rnn", "all")])
+def test_what_trains(smoke, variant, trained):
+    parts = setup.build(smoke(variant, **{"model.dtype": "bfloat16"})).parts
+    assert parts.lora_config is None
+    if trained == "all":
+        assert setup.count(parts.frozen) == 0 and dtypes(parts.trainable) == {"float32"}
+    else:
+        assert set(by_path(parts.trainable)) == trained
+
+
+def test_scratch_does_not_begin_with_the_weights(smoke):
+    scratch, full = (by_path(setup.build(smoke(v)).parts.trainable) for v in ("scratch", "full"))
+    assert {k: v.shape for k, v in scratch.items()} == {k: v.shape for k, v in full.items()}
+    assert (scratch["embed_tokens.embedding"] != full["embed_tokens.embedding"]).any()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"batch.rows": 0}, "batch.rows=0: it must be at least 1"),
+    ({"batch.accumulate": 0}, "batch.accumulate=0"),
+    ({"log.every": 0}, "log.every=0"),
+    ({"max_skipped": 0}, "max_skipped=0"),
+    ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
+    ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
+    ({"steps": 0, "epochs": 0.0}, "epochs=0.0: it must be positive"),
+    ({"batch.rows": 6, "batch.accumulate": 4}, "batch.rows=6 must be a multiple"),
+    ({"mesh.data": 8, "batch.rows": 12}, "batch.rows=12 must be a multiple"),
+    ({"mesh.data": 3, "mesh.fsdp": 3}, "needs 9 devices, but there are 8"),
+    ({"task.name": "parsing"}, "choose 'classification' or 'pretrain'"),
+    ({"model.init": "zeros", "adapter.name": ""}, "choose 'pretrained' or 'random'"),
+    ({"adapter.dropout": 1.0}, "lora_dropout"),
+    ({"model.init": "random"}, "an adapter on random weights"),
+    ({"trainable": ("adapter", "score", "norm")}, "names norm.scale, which an adapter's folder"),
+])
+def test_bad_settings(smoke, fields, message):
+    with pytest.raises(UserError) as error:
+        setup.build(smoke(**fields))
+    assert message in str(error.value)
+
+
+def test_conv_rnn_takes_one_example_a_row(smoke):
+    with pytest.raises(UserError, match="one example a row"):
+        setup.build(smoke("conv-rnn", **{"batch.examples": 2}))
+
+
+def test_a_tokenizer_larger_than_the_model(smoke):
+    config = smoke("conv-rnn")
+    config.model.config.vocab_size = 300
+    with pytest.raises(UserError, match="the tokenizer has 320 tokens, the model only 300"):
+        setup.build(config)
+
+
+def identity(config):
+    return setup.identity(config, setup.build(config).task)
+
+
+def test_what_a_run_folder_belongs_to(smoke, base, reviews, tmp_path):
+    """Another mesh, other logging and other paths are the same run; all else is another."""
+    import shutil
+    first = identity(smoke())
+    shutil.copytree(base, tmp_path / "moved")
+    (tmp_path / "other.csv").write_bytes(reviews.read_bytes())
+    moved = {"mesh.data": -1, "mesh.tensor": 2, "log.every": 7,
+             "model.path": str(tmp_path / "moved"), "task.train": str(tmp_path / "other.csv")}
+    assert identity(smoke(**moved)) == first
+
+    (tmp_path / "other.csv").write_bytes(reviews.read_bytes().replace("电梯".encode(), b"x"))
+    config = smoke(**moved, seed=1, trainable=("score", "adapter"))
+    differ = {name for name, value in identity(config).items() if first[name] != value}
+    assert differ == {"seed", "trainable", "data sha256"}
+
+    weights = tmp_path / "moved" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert identity(config)["weights sha256"] != first["weights sha256"]
+    for name in ("tokenizer", "config"):
+        path = tmp_path / "moved" / f"{name}.json"
+        path.write_text(path.read_text() + "\n")
+    differ = {name for name, value in identity(config).items() if first[name] != value}
+    assert differ >= {"tokenizer sha256", "model config sha256"}
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    setup.check_same_run(tmp_path / "new", {"seed": 1})
+    setup.check_same_run(tmp_path, {"seed": 1})  # empty, or with a log file in it
+    (tmp_path / "config.json").write_text('{"identity": {"seed": 1, "steps": 4}}')
+    setup.check_same_run(tmp_path, {"seed": 1, "steps": 4})
+    with pytest.raises(UserError, match=r"different config \(seed: 1 there, 2 here; "
+                                        r"steps: 4 there, 5 here\); give another --workdir"):
+        setup.check_same_run(tmp_path, {"seed": 2, "steps": 5})
+    (tmp_path / "config.json").write_text('{"model_type": "glm"}')
+    with pytest.raises(UserError, match="not written by a run"):
+        setup.check_same_run(tmp_path, {"seed": 1})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a file, not a folder"):
+        setup.check_same_run(tmp_path / "file", {"seed": 1})

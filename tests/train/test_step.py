@@ -1,0 +1,231 @@
+"""One training step: the same on every mesh, only what trains is touched, bad steps are skipped."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from glm_jax.adapters import lora, partition
+from glm_jax.data.packing import Piece, Shape, assemble
+from glm_jax.nn.loss import classification_loss
+from glm_jax.parallel.mesh import make_mesh, put, sharding
+from glm_jax.train.step import batch_weight, bind, by_path, init_state, make_step
+
+ONE = {"data": 1}
+SHAPE = Shape(rows=8, length=16, examples=3)
+
+
+def loss(model, batch, key):
+    return classification_loss(model.classify(batch, key), batch.labels, batch.label_weights)
+
+
+def batches(count, shape=SHAPE, seed=0):
+    """Rows of one to three examples, with weights of classes."""
+    draw = np.random.default_rng(seed)
+
+    def piece():
+        label = int(draw.integers(3))
+        return Piece(draw.integers(1, 67, draw.integers(2, 6)), label=label,
+                     label_weight=(0.5, 1.0, 2.0)[label])
+    return [assemble([[piece() for _ in range(draw.integers(1, 4))] for _ in range(shape.rows)],
+                     shape, 0) for _ in range(count)]
+
+
+class Trainer(NamedTuple):
+    mesh: jax.sharding.Mesh
+    state: dict
+    frozen: nnx.State
+    step: object
+    parts: tuple
+
+    def run(self, items):
+        """The losses and the last state."""
+        state, losses = self.state, []
+        with jax.set_mesh(self.mesh):
+            for batch in items:
+                state, metrics = self.step(state, self.frozen, put(batch, self.mesh))
+                losses.append(float(metrics["loss"]))
+        return losses, state, metrics
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny):
+    def make(sizes=ONE, patterns=("adapter", "score"), dropout=0.0, accumulate=1,
+             optimizer=None):
+        mesh = make_mesh(sizes)
+        graphdef, arrays = nnx.split(tiny("sequence", mesh))
+        model = nnx.merge(graphdef, jax.tree.map(jnp.copy, arrays))  # a step donates its state
+        if "adapter" in patterns:
+            config = lora.LoRAConfig(r=4, lora_alpha=8, lora_dropout=dropout,
+                                     target_modules=("q_proj", "o_proj", "down_proj"))
+            lora.attach(model, config, mesh=mesh)
+        parts = partition(model, patterns)
+        optimizer = optimizer or optax.adamw(1e-2)
+        state = init_state(by_path(parts[1]), optimizer, mesh)
+        step = make_step(parts[0], parts[1], loss, optimizer, state, seed=5, accumulate=accumulate)
+        return Trainer(mesh, state, parts[2], step, parts)
+    return make
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def assert_close(tree, other, **how):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        there = dict(jax.tree_util.tree_leaves_with_path(other))[path]
+        np.testing.assert_allclose(leaf, there, err_msg=str(path), **how)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(trainer):
+    losses, state, _ = trainer(dropout=0.1).run(batches(20))
+    return losses, host(state["trainable"])
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 8}, {"fsdp": 8},
+                                   {"tensor": 2}])
+def test_twenty_losses_are_the_same_on_every_mesh(trainer, on_one_device, sizes):
+    losses, state, _ = trainer(sizes, dropout=0.1).run(batches(20))
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
+    assert len(set(losses)) == 20
+    assert_close(host(state["trainable"]), on_one_device[1], atol=1e-4)
+
+
+def test_everything_lies_where_the_rules_say(trainer):
+    ours = trainer({"fsdp": 4, "tensor": 2})
+    frozen = dict(nnx.to_flat_state(ours.frozen))
+    embedding = frozen["embed_tokens", "embedding"].get_value()
+    kernel = frozen["layers", "self_attn", "q_proj", "kernel"].get_value()
+    assert tuple(kernel.sharding.spec) == (None, "fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 16)
+    assert embedding.addressable_shards[0].data.shape == (67, 8)  # 67 is odd: not split
+    wanted = {path: sharding(p.get_metadata("axes"), p.get_value().shape, ours.mesh)
+              for path, p in ((".".join(map(str, path)), p)
+                              for path, p in nnx.to_flat_state(ours.parts[1]))}
+    _, state, _ = ours.run(batches(2))
+    parts = jax.tree.leaves(state["optimizer"], is_leaf=lambda x: hasattr(x, "mu"))
+    moments = next(part for part in parts if hasattr(part, "mu"))
+    for path, where in wanted.items():
+        for tree in (state["trainable"], moments.mu, moments.nu):
+            assert tree[path].sharding.is_equivalent_to(where, tree[path].ndim), path
+    a = state["trainable"]["layers.self_attn.q_proj.adapter.lora_a"]
+    assert a.addressable_shards[0].data.shape == (2, 8, 4)
+    assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(state))
+
+
+def test_frozen_parameters_have_no_state_and_do_not_change(trainer):
+    ours = trainer()
+    before = host(nnx.to_pure_dict(ours.frozen))
+    trained = host(ours.state["trainable"])
+    assert set(trained) == {"score.kernel"} | {
+        f"layers.{layer}.adapter.lora_{x}" for x in "ab"
+        for layer in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")}
+    size = sum(x.size for x in jax.tree.leaves(ours.state["optimizer"]))
+    assert size == 2 * sum(x.size for x in trained.values()) + 1  # two moments, and Adam's count
+    _, state, _ = ours.run(batches(2))
+    assert_close(host(nnx.to_pure_dict(ours.frozen)), before, atol=0)
+    assert all((np.asarray(state["trainable"][name]) != value).any()
+               for name, value in trained.items())
+
+
+def test_a_lora_step_costs_less_than_a_full_one(trainer):
+    def flops(ours):
+        with jax.set_mesh(ours.mesh):
+            lowered = ours.step.lower(ours.state, ours.frozen, put(batches(1)[0], ours.mesh))
+        return lowered.compile().cost_analysis()["flops"]
+    adapter, full, head = (flops(trainer(patterns=patterns)) for patterns in (
+        ("adapter", "score"), (".*",), ("score",)))
+    # Forward and backward to the inputs are 4 of the 6 parts of full training.
+    assert adapter < 0.85 * full
+    assert head < 0.6 * full
+
+
+@pytest.mark.parametrize("sizes", [ONE, {"data": 2}])
+def test_micro_batches_add_up_to_one_batch(trainer, sizes):
+    items = batches(3)
+    whole, parts = trainer(), trainer(sizes, accumulate=4)
+    losses, state, metrics = whole.run(items)
+    others, other, there = parts.run(items)
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
+    np.testing.assert_allclose(there["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    assert_close(host(other["trainable"]), host(state["trainable"]), atol=1e-5)
+
+
+def test_packed_rows_are_the_same_as_one_example_a_row(trainer):
+    draw = np.random.default_rng(0)
+    pieces = [Piece(draw.integers(1, 67, 3 + i % 4), label=i % 3, label_weight=1 + i % 3)
+              for i in range(8)]
+    packed = assemble([pieces[:3], pieces[3:5], pieces[5:], []], Shape(4, 18, 3), 0)
+    apart = assemble([[piece] for piece in pieces], Shape(8, 6, 1), 0)
+    results = [trainer(optimizer=optax.sgd(1.0)).run([batch]) for batch in (packed, apart)]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    assert_close(host(results[0][1]["trainable"]), host(results[1][1]["trainable"]), atol=1e-5)
+    assert int(results[0][2]["tokens"]) == sum(len(piece.tokens) for piece in pieces)
+
+
+def test_the_gradient_is_that_of_the_weighted_mean_and_the_norm_that_of_what_trains(trainer):
+    ours, batch = trainer(optimizer=optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))), \
+        batches(1)[0]
+    graphdef, template, frozen = ours.parts
+    before = host(ours.state["trainable"])
+
+    def mean(arrays):
+        model = nnx.merge(graphdef, bind(template, arrays), frozen)
+        return loss(model, batch, None) / batch.label_weights.sum()
+    value, gradient = jax.value_and_grad(mean)(jax.tree.map(jnp.asarray, before))
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
+    losses, state, metrics = ours.run([batch])
+    assert losses[0] == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert norm > 0.1
+    wanted = {name: before[name] - 0.1 / norm * np.asarray(gradient[name]) for name in before}
+    assert_close(host(state["trainable"]), wanted, atol=1e-5)
+
+
+def test_what_a_batch_is_divided_by():
+    batch = batches(1)[0]
+    assert float(batch_weight(batch)) == batch.label_weights.sum()
+    tokens = assemble([[Piece(np.arange(3), np.arange(3), np.array([0, 1, 0.5], np.float32))]],
+                      Shape(2, 4, 1), 0)
+    assert float(batch_weight(tokens)) == 1.5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(trainer, accumulate):
+    good = batches(3)
+    weights = good[1].label_weights.copy()
+    weights[0, 0] = np.nan
+    bad = jax.tree.map(lambda x: weights if x is good[1].label_weights else x, good[1])
+    ours, reference = trainer(accumulate=accumulate), trainer(accumulate=accumulate)
+    _, state, _ = ours.run(good[:1])
+    before = host(state)
+    losses, state, metrics = ours._replace(state=state).run([bad, bad])
+    assert np.isnan(losses).all()
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 2)
+    assert int(state["step"]) == 3
+    for part in ("trainable", "optimizer"):
+        assert_close(host(state)[part], before[part], atol=0)
+    _, state, metrics = ours._replace(state=state).run(good[2:])
+    assert (int(state["skipped"]), int(state["skipped_in_a_row"])) == (2, 0)
+    _, wanted, _ = reference.run([good[0], good[2]])
+    assert_close(host(state)["trainable"], host(wanted)["trainable"], atol=1e-6)
+
+
+def test_dropout_follows_from_the_seed_and_the_step(trainer):
+    batch = batches(1)[0]
+
+    def losses(dropout):
+        ours = trainer(dropout=dropout, optimizer=optax.sgd(0.5))
+        _, state, _ = ours.run([batch])  # B begins at zero: dropout shows from the second loss on
+        after = host(state["trainable"])
+        return ours._replace(state=state).run([batch])[0][0], after
+    dropped, again, plain = losses(0.5), losses(0.5), losses(0.0)
+    assert dropped[0] == again[0]
+    assert_close(dropped[1], again[1], atol=0)
+    assert any((dropped[1][name] != plain[1][name]).any() for name in plain[1])
