@@ -1,0 +1,172 @@
+"""What every door shares: flags with a config file, devices, and errors as one line."""
+
+import difflib
+import errno
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
+
+from glm_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+_ARGUMENTS: list[str] = []
+# What the system may refuse without a mistake of ours: a full disk, no permission, a wrong path.
+THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+          errno.EISDIR, errno.EFBIG}
+flags.DEFINE_bool("verbose", False, "print the traceback of an error, and what libraries log")
+
+
+class _Words(tuple_parser.TupleParser):
+    """Tuples as a user types them: `q_proj,k_proj` or `0.6,0.4` or `()`."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        if isinstance(argument, str) and not argument.startswith(("(", "[")):
+            return tuple(_number(word.strip()) for word in argument.split(",") if word.strip())
+        return super().parse(argument)
+
+
+def _number(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+def flags_with_config() -> flags.FlagValues:
+    """Defines `--config=file.py[:variant]`, `--config.field=value` and `--workdir`."""
+    config_flags.register_flag_parser_for_type(tuple, _Words())
+    config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/",
+                                    lock_config=True)
+    flags.DEFINE_string("workdir", None, "the run folder; runs/<config name> by default")
+    flags.mark_flag_as_required("config")
+    return FLAGS
+
+
+def config_name() -> str:
+    """`sentiment-full-smoke` for `--config=configs/sentiment.py:full,smoke`."""
+    file, _, variant = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    return "-".join([Path(file).stem, *filter(None, variant.split(","))])
+
+
+def start_devices(cpu_devices: int) -> None:
+    """Simulates `cpu_devices` devices on the CPU; before the first array. 0 leaves it as it is."""
+    import jax
+    if cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def console() -> Any:
+    from rich.console import Console
+    return Console(soft_wrap=True)
+
+
+def arguments() -> list[str]:
+    """What stands on the command line besides flags."""
+    return list(_ARGUMENTS)
+
+
+def run(main: Callable[[], None], arguments: bool = False) -> None:
+    """Parses the flags and runs `main`; whatever a user can mend ends in one message, exit code 2.
+
+    Flags first, then heavy imports: `main` imports what it needs, so `--help` is quick.
+
+    Args:
+      arguments: whether the door takes any besides flags (see the function of that name).
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    app.run(lambda _: _guarded(main), flags_parser=lambda argv: _parse(argv, arguments))
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    logging.set_verbosity(logging.INFO if FLAGS.verbose else logging.WARNING)
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(str(error), 2)
+    except KeyboardInterrupt:
+        _leave("stopped", 130)
+    except BrokenPipeError:  # `predict.py … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in THEIRS:
+            raise
+        _leave(f"{error.filename or 'writing a file'}: {error.strerror}", 2)
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        _leave(str(error), 128 + error.signal)  # type: ignore[attr-defined]
+
+
+def _leave(message: str, code: int) -> None:
+    if code == 2 and FLAGS.is_parsed() and FLAGS.verbose:
+        raise
+    print(message if code > 2 else f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse(argv: list[str], arguments: bool) -> list[str]:
+    try:
+        rest = FLAGS(argv)
+        if "config" in FLAGS:
+            _ = FLAGS.config.seed  # a file that is not there is an error only when it is read
+        if arguments:
+            _ARGUMENTS.extend(rest[1:])
+        elif len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; options begin with --")
+        return rest
+    except Exception as error:
+        if "--verbose" in argv:
+            raise
+        print(f"error: {_explain(error, argv)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line for what went wrong while flags were parsed."""
+    text = str(error)
+    if "UserError: " in text:  # raised in a config file; the flag library quotes the traceback
+        return text.rsplit("UserError: ", 1)[1].strip()
+    file, _, variant = _config_argument(argv).partition(":")
+    if "config" in FLAGS and not file:
+        return "--config=FILE is wanted: one of configs/, such as --config=configs/sentiment.py"
+    if file and not Path(file).is_file():
+        return f"--config={file}: no such file"
+    if isinstance(error, KeyError | AttributeError):
+        known = list(_flat(runpy.run_path(file)["get_config"](variant)))
+        for argument in argv[1:]:
+            found = re.match(r"--?config\.([\w.]+)", argument)
+            if found and found[1] not in known:
+                near = difflib.get_close_matches(found[1], known, 1, 0.3)
+                hint = f"; did you mean --config.{near[0]}?" if near else ""
+                return f"--config.{found[1]}: the config has no such field{hint}"
+    if isinstance(error, KeyError):
+        text = str(error.args[0])
+    return text.strip().rsplit("\n", 1)[-1] or type(error).__name__
+
+
+def _config_argument(argv: list[str]) -> str:
+    """What `--config` is given on a command line."""
+    for argument, after in pairwise([*argv[1:], ""]):
+        if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            return after if found[1] is None else found[1]
+    return ""
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the fields of a config."""
+    for name, value in config.items():
+        yield from _flat(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]

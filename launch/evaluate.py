@@ -1,0 +1,56 @@
+"""Measures a trained classifier on a file, or on the test split that its run was made with.
+
+    python launch/evaluate.py --model=runs/sentiment
+    python launch/evaluate.py --model=runs/sentiment/adapter --data=my.csv --json=scores.json
+
+--model is a run folder (its best checkpoint), an exported adapter, or a Hugging Face folder.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from launch import door
+
+MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
+DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
+SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of the run's data")
+STEP = flags.DEFINE_integer("step", None, "a checkpoint of the run; the best one by default")
+TEXT = flags.DEFINE_string("text", "text", "the column of the texts in --data")
+LABEL = flags.DEFINE_string("label", "label", "the column of the labels in --data")
+JSON = flags.DEFINE_string("json", "", "also write the figures to this file")
+
+
+def main() -> None:
+    from glm_jax.data.records import load_records
+    from glm_jax.errors import UserError
+    from glm_jax.files import write_json_atomic
+    from glm_jax.parallel.mesh import make_mesh
+    from glm_jax.tasks.classification import check_labels
+    from glm_jax.train.load import classifier, load_trained
+    from glm_jax.train.report import result_table
+
+    mesh = make_mesh({})
+    trained = load_trained(MODEL.value, mesh, STEP.value)
+    if DATA.value:
+        records = load_records(DATA.value, TEXT.value, LABEL.value)
+        examples = [example for rows in records.values() for example in rows]
+        check_labels(examples, trained.labels, DATA.value)
+    elif trained.config is not None:
+        examples = trained.splits()[SPLIT.value]
+    else:
+        raise UserError(f"{MODEL.value} does not say what data it was trained on: give --data")
+    task, run = classifier(trained, mesh)
+    result = task.score(run, examples)
+    name = DATA.value or SPLIT.value
+    door.console().print(result_table({name: result.metrics}, result.report, name))
+    if JSON.value:
+        details = {k: v for k, v in result.report.items() if k != "rows"}
+        write_json_atomic(JSON.value, {"model": MODEL.value, "data": name, **details})
+
+
+if __name__ == "__main__":
+    door.run(main)

@@ -1,0 +1,61 @@
+"""Classifies texts: from arguments, a file, or standard input (one a line).
+
+    python launch/predict.py --model=runs/sentiment 房间很干净，下次还会来
+    python launch/predict.py --model=runs/sentiment/adapter --file=texts.txt --jsonl
+
+A .csv, .tsv, .jsonl or .parquet file is read by its column (--text); any other by its lines.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from launch import door
+
+MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
+FILE = flags.DEFINE_string("file", "", "a file of texts")
+TEXT = flags.DEFINE_string("text", "text", "the column of the texts in --file")
+JSONL = flags.DEFINE_bool("jsonl", False, "one JSON object a line: text, label, probabilities")
+
+
+def read_stdin() -> str:
+    from glm_jax.errors import UserError
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 at byte {error.start}") from None
+
+
+def main() -> None:
+    from glm_jax.data.records import read_texts
+    from glm_jax.errors import UserError
+    from glm_jax.parallel.mesh import make_mesh
+    from glm_jax.train.load import classifier, load_trained
+
+    texts = door.arguments()
+    if FILE.value:
+        texts += read_texts(FILE.value, TEXT.value)
+    elif not texts:
+        texts = [line for line in map(str.strip, read_stdin().split("\n")) if line]
+    if not texts:
+        raise UserError("no text: give one as an argument, --file, or standard input")
+    mesh = make_mesh({})
+    trained = load_trained(MODEL.value, mesh)
+    task, run = classifier(trained, mesh)
+    for text, p in zip(texts, task.probabilities(run, texts), strict=True):
+        label = trained.labels[p.argmax()]
+        if JSONL.value:
+            by_label = {name: float(x) for name, x in zip(trained.labels, p, strict=True)}
+            print(json.dumps({"text": text, "label": label, "probabilities": by_label},
+                             ensure_ascii=False))
+        else:
+            shares = "  ".join(f"{name} {x:.3f}" for name, x in zip(trained.labels, p, strict=True))
+            print(f"{label}\t{shares}\t{text}")
+
+
+if __name__ == "__main__":
+    door.run(main, arguments=True)

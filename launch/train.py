@@ -1,0 +1,32 @@
+"""Trains what a config describes; the same command again goes on where it stopped.
+
+    python launch/train.py --config=configs/sentiment.py
+    python launch/train.py --config=configs/sentiment.py:full,smoke --workdir=runs/try
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import door
+
+FLAGS = door.flags_with_config()
+
+
+def main() -> None:
+    config = FLAGS.config
+    door.start_devices(config.mesh.cpu_devices)
+    from glm_jax.train.loop import train
+    from glm_jax.train.report import result_table
+
+    workdir = Path(FLAGS.workdir or f"runs/{door.config_name()}")
+    result, final = train(config, workdir)
+    split = "test" if "test" in result else "dev"
+    door.console().print(result_table(result, final.report, split))
+    folders = ", ".join(filter(None, [result["exported"], "result.json", "report.html"]))
+    door.console().print(f"{workdir}: {folders}", markup=False)
+
+
+if __name__ == "__main__":
+    door.run(main)

@@ -1,0 +1,93 @@
+"""Doors as a user's shell starts them, but forked from one process that has imported all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Reads a JSON line {"argv", "folder", "cwd", "limit"} and answers with the process and, when it
+# has ended, its status. No backend of JAX is started before the fork: each door starts its own.
+SERVER = """
+import json, os, resource, runpy, sys, traceback
+import jax, glm_jax.train.loop, glm_jax.train.load
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, name, how in ((0, "in", os.O_RDONLY), (1, "out", os.O_CREAT | os.O_WRONLY),
+                                  (2, "err", os.O_CREAT | os.O_WRONLY)):
+            os.dup2(os.open(os.path.join(job["folder"], name), how), number)
+        sys.stdin = open(0, closefd=False)
+        os.chdir(job["cwd"])
+        if job["limit"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+        sys.argv, code = job["argv"], 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[subprocess.Popen]:
+    # The runs of a session compile the same few functions: once is enough.
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "JAX_PLATFORMS": "cpu",
+                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, env=env,
+                          stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def door(server, tmp_path) -> Callable[..., SimpleNamespace]:
+    """`door("train", "--config=…", stdin=b"")`: its `code`, `out` and `err`.
+
+    `meanwhile` is called with the process; no file may grow beyond `limit` bytes.
+    """
+    def run(name: str, *arguments: str, stdin: bytes = b"", cwd: Path = ROOT, limit: int = 0,
+            meanwhile: Callable[[int], None] = lambda pid: None) -> SimpleNamespace:
+        folder = tmp_path / f"door{len(list(tmp_path.glob('door*')))}"
+        folder.mkdir()
+        (folder / "in").write_bytes(stdin)
+        argv = [str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
+        job = {"argv": argv, "folder": str(folder), "cwd": str(cwd), "limit": limit}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        meanwhile(int(server.stdout.readline()))
+        code = int(server.stdout.readline())
+        return SimpleNamespace(code=code, out=(folder / "out").read_text(),
+                               err=(folder / "err").read_text())
+    return run
+
+
+@pytest.fixture
+def refused(door) -> Callable[..., str]:
+    """Runs a door that must refuse; its message: one line, no traceback, exit code 2."""
+    def run(*arguments: str, **how) -> str:
+        result = door(*arguments, **how)
+        lines = result.err.strip().splitlines()
+        assert result.code == 2, (result.code, result.out, result.err)
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+        assert result.out == "", result.out
+        return lines[0]
+    return run

@@ -1,0 +1,125 @@
+"""launch/evaluate.py, predict.py and convert.py on run folders, adapters and models."""
+
+import csv
+import json
+import re
+
+import pytest
+
+from glm_jax.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return {}
+
+
+@pytest.fixture
+def run(smoke, runs, tmp_path_factory):
+    """`run("full")`: the folder of a finished run, made once."""
+    def make(variant=""):
+        if variant not in runs:
+            runs[variant] = tmp_path_factory.mktemp("runs") / "run"
+            train(smoke(variant, **{"optimizer.learning_rate": 0.02}), runs[variant])
+        return runs[variant]
+    return make
+
+
+def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tmp_path):
+    folder = run()
+    result = json.loads((folder / "result.json").read_text())
+    done = door("evaluate", f"--model={folder}", f"--json={tmp_path / 'scores.json'}")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert done.code == 0 and done.err == "", done.err
+    assert {name: scores[name] for name in result["test"]} == pytest.approx(result["test"])
+    assert f"accuracy {scores['accuracy']:.4g}" in done.out
+
+    for source in (folder, folder / "adapter"):
+        done = door("evaluate", f"--model={source}", f"--data={reviews}",
+                    f"--json={tmp_path / 'all.json'}")
+        assert done.code == 0, done.err
+        assert json.loads((tmp_path / "all.json").read_text())["examples"] == 240
+
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\n好,好\n坏,坏\n")
+    assert f"{other}:3: label '坏'" in refused("evaluate", f"--model={folder}", f"--data={other}")
+    assert "give --data" in refused("evaluate", f"--model={folder / 'adapter'}")
+    assert "neither a run folder" in refused("evaluate", f"--model={tmp_path}")
+    assert "no checkpoint '5'" in refused("evaluate", f"--model={folder}", "--step=5")
+    assert "--model" in refused("evaluate")
+
+
+def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, reviews, tmp_path):
+    folder = run()
+    texts = ["房间喜欢", "电梯糟糕,早餐难吃", "好"]
+    done = door("predict", f"--model={folder}", "--jsonl", *texts)
+    assert done.code == 0 and done.err == "", done.err
+    wanted = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["text"] for row in wanted] == texts
+    for row in wanted:
+        assert set(row["probabilities"]) == {"好", "差"}
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+
+    def rows(done):
+        assert done.code == 0, done.err
+        return [pytest.approx(row["probabilities"], abs=1e-5)
+                for row in map(json.loads, done.out.splitlines())]
+    probabilities = [row["probabilities"] for row in wanted]
+    lines = "\n".join(texts) + "\n\n"
+    assert probabilities == rows(door("predict", f"--model={folder / 'adapter'}", "--jsonl",
+                                      stdin=lines.encode()))
+    (tmp_path / "texts.txt").write_text(lines)
+    assert probabilities == rows(door("predict", f"--model={folder}", "--jsonl",
+                                      f"--file={tmp_path / 'texts.txt'}"))
+    with open(tmp_path / "texts.csv", "w") as file:
+        csv.writer(file).writerows([["body"], *([text] for text in texts)])
+    assert probabilities == rows(door("predict", f"--model={folder}", "--jsonl", "--text=body",
+                                      f"--file={tmp_path / 'texts.csv'}"))
+    plain = door("predict", f"--model={folder}", texts[0]).out
+    label = wanted[0]["label"]
+    assert plain.startswith(f"{label}\t好 ") and plain.endswith(f"\t{texts[0]}\n")
+
+    assert "no text" in refused("predict", f"--model={folder}")
+    assert "not UTF-8 at byte 3" in refused("predict", f"--model={folder}", stdin=b"abc\xff")
+    assert "absent.txt: no such file" in refused("predict", f"--model={folder}",
+                                                 "--file=absent.txt")
+
+
+@pytest.mark.parametrize(("variant", "form"), [("", "peft"), ("", "merged"), ("full", "hf")])
+def test_pytorch_computes_the_same_from_what_is_converted(door, refused, run, reviews, tmp_path,
+                                                          variant, form):
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    folder, out = run(variant), tmp_path / "out"
+    done = door("convert", f"--model={folder}", f"--to={form}", f"--out={out}", "--verify",
+                f"--data={reviews}", "--rows=20")
+    assert done.code == 0, done.err
+    found = re.search(r"logits over 20 texts (\S+)", done.out)
+    assert found and float(found[1]) < 1e-4, done.out
+    assert (out / "tokenizer.json").exists()
+    if form == "peft":
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (out / name).read_bytes() == (folder / "adapter" / name).read_bytes()
+    wrong = {"peft": "hf", "merged": "hf", "hf": "merged"}[form]
+    assert f"--to={wrong} is not for it" in refused(
+        "convert", f"--model={folder}", f"--to={wrong}", f"--out={tmp_path / 'no'}")
+    assert not (tmp_path / "no").exists()
+    assert "is more than a checkpoint folder" in refused(
+        "convert", f"--model={folder}", f"--to={form}", f"--out={folder.parent}")
+
+
+def test_a_language_model_converts_and_is_no_classifier(door, refused, base, reviews, tmp_path):
+    out = tmp_path / "out"
+    done = door("convert", f"--model={base}", "--to=hf", f"--out={out}", "--dtype=bfloat16")
+    assert done.code == 0, done.err
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [5]
+    assert "does not classify texts" in refused("predict", f"--model={base}", "好")
+
+
+def test_conv_rnn_has_no_export(door, refused, run, tmp_path):
+    folder = run("conv-rnn")
+    assert "PyTorch has no conv_rnn" in refused("convert", f"--model={folder}", "--to=hf",
+                                                f"--out={tmp_path / 'out'}")
+    assert door("predict", f"--model={folder}", "房间喜欢").code == 0
