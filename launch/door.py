@@ -118,7 +118,16 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def _help() -> str:
+    """The door's docstring, its own flags, and those that all doors share."""
+    own = FLAGS.main_module_help()
+    return f"{sys.modules['__main__'].__doc__}{own}\n{FLAGS.module_help(__name__)}\n"
+
+
 def _parse(argv: list[str], arguments: bool) -> list[str]:
+    if {"--help", "-help", "-h"}.intersection(argv[1:]):
+        print(_help())
+        sys.exit(0)
     try:
         rest = FLAGS(argv)
         if "config" in FLAGS:

