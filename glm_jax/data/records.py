@@ -109,7 +109,7 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str) -> None:
             raise UserError(
                 f"{where}: no field {field!r} for the {kind}; there are "
                 f"{', '.join(map(repr, names)) or 'none'}.{hint} "
-                f"Name it with --config.task.{kind}_field=NAME."
+                f"Name it with --config.task.{kind}=NAME."
             )
 
 
