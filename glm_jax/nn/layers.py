@@ -90,7 +90,7 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
 
     One compiled body serves all layers: compile time and the number of collectives don't grow
     with depth. A few layers on one device are unrolled: that saves the copies in and out of the
-    stacks, 14 % of a CPU's step. Returns the last `x` and the stacked `y`.
+    stacks. Returns the last `x` and the stacked `y`.
     """
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])

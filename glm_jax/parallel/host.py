@@ -12,7 +12,7 @@ def use_huge_pages() -> None:
     """Starts this program anew with malloc in 2 MiB pages, where Linux leaves the choice to it.
 
     On a CPU XLA takes the temporaries of a step from the system and gives them back after it:
-    faulting them in, 4 KiB at a time, is a quarter of a LoRA step. glibc reads the setting only
+    faulting them in, 4 KiB at a time, takes a good part of a step. glibc reads the setting only
     when a process starts. To be called before anything else; does nothing the second time.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
