@@ -228,7 +228,7 @@ def trace(model: Any, batch: Batch) -> dict[str, jax.Array]:
     """Runs the layers unrolled, with a cache, and notes what goes in and comes out of each."""
     seen: dict[str, jax.Array] = {}
 
-    def unrolled(layers: nnx.Module, call: Any, x: jax.Array, *per_layer: Any) -> Any:
+    def unrolled(layers: nnx.Module, call: Any, x: jax.Array, *per_layer: Any, **_: Any) -> Any:
         graphdef, state = nnx.split(layers)
         outs = []
         for i in range(jax.tree.leaves(state)[0].shape[0]):

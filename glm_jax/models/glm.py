@@ -149,7 +149,7 @@ class Glm(nnx.Module):
             return x, None if cache is None else kv
 
         kv = None if cache is None else (cache.keys, cache.values)
-        x, kv = scan(self.layers, call, x, kv, keys)
+        x, kv = scan(self.layers, call, x, kv, keys, unroll=cache is None)
         if isinstance(seen, Batch):
             return self.norm(x), None
         length = seen.length + batch.tokens.shape[1]

@@ -85,19 +85,20 @@ def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
 
 
 def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.Array,
-         *per_layer: Any) -> tuple[jax.Array, Any]:
+         *per_layer: Any, unroll: bool = True) -> tuple[jax.Array, Any]:
     """Runs stacked layers one after another: `x, y = call(layer, x, *slices of per_layer)`.
 
     One compiled body serves all layers: compile time and the number of collectives don't grow
     with depth. A few layers on one device are unrolled: that saves the copies in and out of the
-    stacks. Returns the last `x` and the stacked `y`.
+    stacks in training; in a decoding loop it costs more, and `unroll=False` leaves it. Returns the
+    last `x` and the stacked `y`.
     """
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
-    unroll = count if count <= UNROLLED and (mesh.empty or mesh.size == 1) else 1
+    few = unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
 
-    return jax.lax.scan(body, x, (state, *per_layer), unroll=unroll)
+    return jax.lax.scan(body, x, (state, *per_layer), unroll=count if few else 1)

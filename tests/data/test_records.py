@@ -68,7 +68,7 @@ BAD = [
     ("names.csv", "\nTexts,label\n好,1\n",
      "names.csv:2: no field 'text' for the text; there are 'Texts', 'label'. "
      "Did you mean 'Texts'?"),
-    ("names.csv", "text,sentiment\n好,1\n", "--config.task.label_field="),
+    ("names.csv", "text,sentiment\n好,1\n", "--config.task.label="),
     ("twice.csv", "text,label,text\n好,1,好\n", "twice.csv:1: the header names a column twice"),
     ("short.csv", 'text,label\n"好\n的",1\n差\n', "short.csv:4: 1 columns, but the header has 2"),
     ("long.csv", "text,label\n好,的,1\n", "long.csv:2: 3 columns, but the header has 2"),
