@@ -1,7 +1,7 @@
 """Metrics from label ids and predictions, in numpy: pure functions, no model and no device."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,3 @@ def perplexity(total_loss: float, total_weight: float) -> float:
         return math.exp(total_loss / total_weight)
     except OverflowError:
         return math.inf
-
-
-def scalars(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The plain numbers of `metrics`, named `prefix/...` as the trackers want them."""
-    return {f"{prefix}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}

@@ -17,6 +17,7 @@ from glm_jax.errors import UserError
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.loss import cross_entropy
 from glm_jax.tasks import Evaluation, Run
+from glm_jax.tasks.metrics import perplexity
 
 SPECIAL = ("[MASK]", "[gMASK]", "<sop>", "<eop>", "<|endoftext|>")
 LEFT_TO_RIGHT, CONTINUATION, INFILL = range(3)
@@ -118,4 +119,4 @@ class Pretrain(NamedTuple):
         batches = once(self.source(split), self.shape, self.pad_id)
         loss, weight = np.sum([np.asarray(run(batch)) for _, batch in batches], axis=0)
         return Evaluation({"loss": float(loss / weight),
-                           "perplexity": float(np.exp(loss / weight))}, {})
+                           "perplexity": perplexity(float(loss), float(weight))}, {})
