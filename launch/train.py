@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from glm_jax.parallel.host import use_huge_pages
 from launch import door
 
 FLAGS = door.flags_with_config()
@@ -29,4 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     door.run(main)
