@@ -1,10 +1,15 @@
 """Writing small files whole: a reader sees the old file or the new one, never a half."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from glm_jax.errors import UserError
 
 
 def finite(value: Any) -> Any:
@@ -43,3 +48,25 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, so that equal values give equal bytes."""
     text = json.dumps(finite(value), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     write_text_atomic(path, text + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within: no other process of this machine may be in here. The lock ends with the process.
+
+    Raises:
+      UserError: when one is.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is training in this folder; wait until it has "
+                        "ended, or name another --workdir") from None
+    except OSError:
+        pass  # a network file system that knows no locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)

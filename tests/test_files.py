@@ -2,10 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from glm_jax import files
+from glm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_json_is_stable_and_strict(tmp_path):
@@ -30,3 +36,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         files.write_text_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_second_process_is_kept_out_and_a_killed_one_is_not_missed(tmp_path):
+    hold = ("import sys, time; from pathlib import Path; from glm_jax.files import locked\n"
+            "with locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="another process is training in this folder"), \
+                files.locked(tmp_path):
+            pass
+        other.kill()
+    with files.locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

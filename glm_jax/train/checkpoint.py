@@ -25,6 +25,8 @@ from orbax.checkpoint import v1 as ocp
 from glm_jax.errors import UserError
 from glm_jax.files import write_json_atomic
 
+# What the loop counts and saves beside the arrays.
+COUNTERS: dict[str, Any] = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
 _SUMS = ".sha256.json"
 # What may lie in the folder because of us: `200`, `200.sha256.json`, `200.orbax-checkpoint-tmp`.
 _OURS = re.compile(r"(\d+)(\..*)?")

@@ -18,7 +18,7 @@ from glm_jax.errors import UserError
 from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
 from glm_jax.train import setup
-from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.checkpoint import COUNTERS, Checkpoints
 from glm_jax.train.evaluation import predictor
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.step import by_path, init_state
@@ -130,12 +130,11 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["bes
     parts = setup.make_parts(config, "sequence" if labels else "lm", labels, mesh, tokenizer)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2**31))
     state = init_state(by_path(parts.trainable), optimizer, mesh)
-    host = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         if step is None and checkpoints.best_step() is not None:
             step = "best"
-        restored = checkpoints.restore({"state": state, "host": host}, None, step)
+        restored = checkpoints.restore({"state": state, "host": COUNTERS}, None, step)
     finally:
         checkpoints.close()
     if restored is None:

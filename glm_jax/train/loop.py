@@ -16,11 +16,11 @@ from absl import logging
 from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Batches, stream
 from glm_jax.errors import UserError
-from glm_jax.files import write_json_atomic
+from glm_jax.files import locked, write_json_atomic
 from glm_jax.parallel.mesh import put
 from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
-from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.checkpoint import COUNTERS, Checkpoints
 from glm_jax.train.evaluation import Predictor
 from glm_jax.train.export import export
 from glm_jax.train.optimizer import make_optimizer, make_schedule
@@ -62,9 +62,10 @@ def train(config: Any, workdir: Path) -> Finished:
         loop = Loop(config, workdir, run, started)
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(workdir / "config.json", {
-            "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
-        return loop.run()
+        with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+            write_json_atomic(workdir / "config.json", {
+                "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
+            return loop.run()
 
 
 class Loop:
@@ -91,7 +92,7 @@ class Loop:
         self.data = stream(batches)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         worst = math.inf if config.eval.metric in LOWER_IS_BETTER else -math.inf
-        self.host = {"best": worst, "best_step": 0, "stale": 0, "seconds": 0.0}
+        self.host = COUNTERS | {"best": worst}
         self.first_step_seconds = 0.0
 
     def run(self) -> Finished:
