@@ -22,19 +22,40 @@ from glm_jax.tasks import Evaluation, Run, each
 from glm_jax.tasks.metrics import classification_metrics
 
 
+class WordDropout(NamedTuple):
+    """Hides a share `rate` of a text's tokens behind `mask_id` (Iyyer et al. 2015), never `kept`.
+
+    Which ones is drawn anew for each example and epoch.
+    """
+
+    rate: float
+    mask_id: int
+    kept: Sequence[int]
+    seed: int
+
+    def __call__(self, tokens: np.ndarray, index: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, 3, epoch, index))
+        hidden = (rng.random(len(tokens)) < self.rate) & ~np.isin(tokens, self.kept)
+        return np.where(hidden, np.int32(self.mask_id), tokens)
+
+
 class Texts(NamedTuple):
     """Tokenised examples, as the packer reads them."""
 
     tokens: list[np.ndarray]
     labels: list[int]
     class_weights: Sequence[float]
+    word_dropout: WordDropout | None = None
 
     def lengths(self, epoch: int) -> np.ndarray:
         return np.array([len(t) for t in self.tokens])
 
     def piece(self, index: int, epoch: int) -> Piece:
         label = self.labels[index]
-        return Piece(self.tokens[index], label=label, label_weight=self.class_weights[label])
+        tokens = self.tokens[index]
+        if self.word_dropout is not None:
+            tokens = self.word_dropout(tokens, index, epoch)
+        return Piece(tokens, label=label, label_weight=self.class_weights[label])
 
 
 class Classification(NamedTuple):
@@ -52,6 +73,7 @@ class Classification(NamedTuple):
     examples: dict[str, list[Example]]
     labels: tuple[str, ...]
     class_weights: tuple[float, ...]
+    seed: int = 0
     head: str = "sequence"
     final: str = "test"
     metrics: tuple[str, ...] = ("accuracy", "f1", "loss")
@@ -61,7 +83,8 @@ class Classification(NamedTuple):
         return self.tokenizer.pad_id
 
     @classmethod
-    def load(cls, config: Any, tokenizer: Tokenizer, shape: Shape) -> "Classification":
+    def load(cls, config: Any, tokenizer: Tokenizer, shape: Shape, seed: int = 0
+             ) -> "Classification":
         """Reads the data that `config` names.
 
         Raises:
@@ -75,10 +98,13 @@ class Classification(NamedTuple):
         if len(labels) < 2:
             raise UserError(f"task.train={config.train}: every row has the label {labels[0]!r}; "
                             f"is {config.label!r} the label column?")
+        if not 0 <= config.word_dropout < 1:
+            raise UserError(f"task.word_dropout={config.word_dropout}: a share from 0 to below 1 "
+                            "is wanted")
         for split, rows in examples.items():
             check_labels(rows, labels, split)
         return cls(config, tokenizer, shape, examples, labels,
-                   weigh_classes(tuple(config.class_weights), counts))
+                   weigh_classes(tuple(config.class_weights), counts), seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of every split's texts and labels."""
@@ -91,14 +117,20 @@ class Classification(NamedTuple):
         encoded = self.tokenizer.encode_batch(list(texts))
         return [np.asarray(ids[:self.shape.length], np.int32) for ids in encoded]
 
-    def texts(self, rows: Sequence[Example], weighted: bool) -> Texts:
+    def texts(self, rows: Sequence[Example]) -> Texts:
         number = {label: i for i, label in enumerate(self.labels)}
         return Texts(self.encode([row.text for row in rows]),
-                     [number.get(row.label, 0) for row in rows],
-                     self.class_weights if weighted else (1.0,) * len(self.labels))
+                     [number.get(row.label, 0) for row in rows], (1.0,) * len(self.labels))
 
     def source(self, split: str) -> Texts:
-        return self.texts(self.examples[split], weighted=split == "train")
+        texts = self.texts(self.examples[split])
+        if split != "train":
+            return texts
+        dropout, rate = None, self.config.word_dropout
+        if rate:
+            dropout = WordDropout(rate, self.tokenizer.token_id("[MASK]"),
+                                  self.tokenizer.encode(""), self.seed)
+        return texts._replace(class_weights=self.class_weights, word_dropout=dropout)
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Sum over examples of weight * cross-entropy, at each example's last token."""
@@ -115,12 +147,12 @@ class Classification(NamedTuple):
 
     def probabilities(self, run: Run, texts: Sequence[str]) -> np.ndarray:
         """Class probabilities of any texts, `[texts, labels]`."""
-        rows = self.texts([Example(text, "", "") for text in texts], weighted=False)
+        rows = self.texts([Example(text, "", "") for text in texts])
         return each(run, rows, self.shape, self.pad_id)
 
     def score(self, run: Run, examples: Sequence[Example]) -> Evaluation:
         """`evaluate` on any labelled examples."""
-        texts = self.texts(examples, weighted=False)
+        texts = self.texts(examples)
         probabilities = each(run, texts, self.shape, self.pad_id)
         truth = np.array(texts.labels)
         losses = -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-30))

@@ -146,7 +146,7 @@ def make_task(config: Any, tokenizer: Tokenizer) -> Task:
     batch = config.batch
     if config.task.name == "classification":
         return Classification.load(config.task, tokenizer,
-                                   Shape(batch.rows, batch.length, batch.examples))
+                                   Shape(batch.rows, batch.length, batch.examples), config.seed)
     if config.task.name == "pretrain":
         return Pretrain(config.task, tokenizer, Shape(batch.rows, batch.length, batch.length),
                         config.seed)

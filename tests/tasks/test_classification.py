@@ -27,7 +27,7 @@ def load(base, tmp_path):
             path.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows))
             names[name] = str(path)
         config = ConfigDict({"train": "", "dev": "", "test": "", "text": "text", "label": "label",
-                             "class_weights": ()} | names | fields)
+                             "class_weights": (), "word_dropout": 0.0} | names | fields)
         return Classification.load(config, load_tokenizer(base), SHAPE)
     return make
 
@@ -61,6 +61,22 @@ def test_class_weights_count_in_training_only(load):
     assert [task.source("dev").piece(i, 0).label_weight for i in range(4)] == [1] * 4
     assert load(TRAIN, TRAIN, TRAIN, class_weights=("balanced",)).class_weights == pytest.approx(
         [4 / 3, 4 / 6, 4 / 3])
+
+
+def test_word_dropout_hides_some_tokens_of_the_training_texts(load):
+    rows = [("房间很干净下次还会来" * 3, "a"), ("床", "b")]
+    task = load(rows, rows, rows, word_dropout=0.3)
+    plain, mask = task.source("dev").piece(0, 0).tokens, task.tokenizer.token_id("[MASK]")
+    shares = []
+    for epoch in range(40):
+        tokens = task.source("train").piece(0, epoch).tokens
+        hidden = tokens != plain
+        assert (tokens[hidden] == mask).all() and not hidden[:2].any()  # [gMASK] <sop> stay
+        assert (task.source("train").piece(0, epoch).tokens == tokens).all()
+        shares.append(hidden[2:].mean())
+    assert 0.25 < np.mean(shares) < 0.35 and len(set(shares)) > 5
+    with pytest.raises(UserError, match=r"task.word_dropout=1.5: a share from 0 to below 1"):
+        load(rows, rows, rows, word_dropout=1.5)
 
 
 @pytest.mark.parametrize("weights", [(1, 2), (1, 2, -1), (1, 2, 0), ("balance",), ("a", "b", "c"),
