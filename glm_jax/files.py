@@ -50,6 +50,12 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     write_text_atomic(path, text + "\n")
 
 
+def resolve(path: str | Path) -> Path:
+    """A path from the current directory or, where nothing lies there, from the project's root."""
+    inside = Path(__file__).parents[1] / path
+    return inside if inside.exists() and not Path(path).exists() else Path(path)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Within: no other process of this machine may be in here. The lock ends with the process.

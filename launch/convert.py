@@ -34,13 +34,14 @@ def main() -> None:
     from glm_jax.adapters.peft import save_adapter
     from glm_jax.convert.hf import save_model
     from glm_jax.errors import UserError
+    from glm_jax.files import resolve
     from glm_jax.models import architecture_of
     from glm_jax.parallel.mesh import make_mesh
     from glm_jax.train.export import model_files
     from glm_jax.train.load import last_logits, load_trained
 
     mesh = make_mesh({})
-    trained = load_trained(MODEL.value, mesh, STEP.value)
+    trained = load_trained(MODEL.value, mesh, STEP.value, "float32")
     model, out = trained.model, Path(OUT.value)
     if (TO.value == "hf") == (trained.lora_config is not None):
         has = "an" if trained.lora_config is not None else "no"
@@ -50,18 +51,18 @@ def main() -> None:
         raise UserError(f"{MODEL.value}: PyTorch has no {model.config.model_type} to load it with")
     rows = trained.encode_texts(DATA.value, ROWS.value) if VERIFY.value else []
     ours = last_logits(trained, rows, mesh) if rows else None
+    files = model_files(model, trained.tokenizer, trained.shape.length)
     if TO.value == "peft":
-        save_adapter(model, out, trained.lora_config, base=trained.base,
-                     files=trained.tokenizer.files)
+        save_adapter(model, out, trained.lora_config, base=trained.base, files=files)
     else:
         if trained.lora_config is not None:
             merge(model)
-        save_model(model, out, dtype=DTYPE.value, files=model_files(model, trained.tokenizer))
+        save_model(model, out, dtype=DTYPE.value, files=files)
     door.console().print(f"wrote {out}")
     if ours is not None:
         from glm_jax.convert.verify import torch_logits
-        theirs = torch_logits(Path(trained.base) if TO.value == "peft" else out, model.head, rows,
-                              out if TO.value == "peft" else None, len(trained.labels))
+        base, adapter = (resolve(trained.base), out) if TO.value == "peft" else (out, None)
+        theirs = torch_logits(base, model.head, rows, adapter, len(trained.labels))
         largest = abs(ours - theirs).max()
         door.console().print(f"PyTorch: largest difference of the logits over {len(rows)} texts "
                              f"{largest:.2e}")

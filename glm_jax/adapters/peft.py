@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
-import glm_jax
 from glm_jax.adapters.lora import LoRAConfig, attach_to
 from glm_jax.adapters.targets import find, linears, matches, torch_names, weight_table
 from glm_jax.convert.hf import flat, whole_folder
 from glm_jax.convert.released import Released, read_json
 from glm_jax.errors import UserError
+from glm_jax.files import resolve
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LABELS = "labels.json"
@@ -182,10 +182,8 @@ def find_base(folder: str | Path) -> Path:
       UserError: when it is in neither place.
     """
     base = inspect_adapter(folder).base
-    root = Path(glm_jax.__file__).parents[1]
-    for place in (Path(base), root / base):
-        if base and place.is_dir():
-            return place
+    if base and resolve(base).is_dir():
+        return resolve(base)
     raise UserError(f"{Path(folder) / CONFIG}: the base {base!r} is not a folder here nor in the "
                     "project; start where it lies, or give the base by itself")
 

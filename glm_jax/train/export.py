@@ -19,20 +19,27 @@ def export(config: Any, model: Any, lora_config: LoRAConfig | None, tokenizer: T
     """
     if lora_config is not None:
         save_adapter(model, workdir / "adapter", lora_config, base=config.model.path,
-                     files=tokenizer.files)
+                     files=model_files(model, tokenizer, config.batch.length))
         return "adapter"
     if not architecture_of(model.config.to_dict()).classes:
         return ""
-    save_model(model, workdir / "model", files=model_files(model, tokenizer))
+    save_model(model, workdir / "model",
+               files=model_files(model, tokenizer, config.batch.length))
     return "model"
 
 
-def model_files(model: Any, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What a Hugging Face folder holds besides weights and config."""
+def model_files(model: Any, tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
+    """What a folder for PyTorch holds besides weights and config.
+
+    Args:
+      length: where a classifier's texts are cut: `model_max_length` of the tokenizer's config.
+    """
     files = dict(tokenizer.files)
     if model.head == "lm":
-        files["generation_config.json"] = generation_config(model.config)
-    return files
+        return files | {"generation_config.json": generation_config(model.config)}
+    fields = {**json.loads(files["tokenizer_config.json"]), "model_max_length": length}
+    return files | {"tokenizer_config.json":
+                    (json.dumps(fields, ensure_ascii=False, indent=2) + "\n").encode()}
 
 
 def generation_config(config: Any) -> bytes:

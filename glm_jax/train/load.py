@@ -23,7 +23,7 @@ from glm_jax.train.evaluation import predictor
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.step import by_path, init_state
 
-SHAPE = Shape(rows=8, length=512, examples=64)  # of batches where no run's config says another
+LENGTH = 512  # tokens of a text at most, where neither a run nor the tokenizer says less
 
 
 class Trained(NamedTuple):
@@ -45,6 +45,14 @@ class Trained(NamedTuple):
     base: str = ""
     data: str = ""
 
+    @property
+    def shape(self) -> Shape:
+        """Of batches: texts are cut where training cut them."""
+        if self.config is not None:
+            batch = self.config.batch
+            return Shape(batch.rows, batch.length, batch.examples)
+        return Shape(8, min(LENGTH, int(self.tokenizer.config.get("model_max_length", LENGTH))), 64)
+
     def splits(self) -> dict[str, list[Example]]:
         """The data of the run.
 
@@ -53,7 +61,7 @@ class Trained(NamedTuple):
         """
         if self.config is None or not self.labels:
             raise UserError("only a run folder of a classification knows its data")
-        task = Classification.load(self.config.task, self.tokenizer, SHAPE)
+        task = Classification.load(self.config.task, self.tokenizer, self.shape)
         if task.fingerprint() != self.data:
             raise UserError(f"{self.config.task.train}: the data has changed since the run, and "
                             "what was trained on may be in the test split now: give --data")
@@ -63,7 +71,7 @@ class Trained(NamedTuple):
         """Token ids of the first texts of a file or a named data set."""
         records = next(iter(load_records(source, label_field=None).values()))
         texts = [example.text for example in records[:count]]
-        return [np.asarray(ids[:SHAPE.length], np.int32)
+        return [np.asarray(ids[:self.shape.length], np.int32)
                 for ids in self.tokenizer.encode_batch(texts)]
 
 
@@ -76,9 +84,7 @@ def classifier(trained: Trained, mesh: Mesh) -> tuple[Classification, Run]:
     if trained.model.head != "sequence":
         raise UserError("this model does not classify texts; it was trained or exported with "
                         f"the head {trained.model.head!r}")
-    shape = SHAPE if trained.config is None else Shape(
-        trained.config.batch.rows, trained.config.batch.length, trained.config.batch.examples)
-    task = Classification(None, trained.tokenizer, shape, {}, trained.labels,
+    task = Classification(None, trained.tokenizer, trained.shape, {}, trained.labels,
                           (1.0,) * len(trained.labels))
     return task, predictor(trained.model, task.predict, mesh)
 
@@ -87,19 +93,23 @@ def last_logits(trained: Trained, rows: Sequence[np.ndarray], mesh: Mesh) -> np.
     """Logits at the last token of each row of token ids `[rows, classes or vocabulary]`."""
     run = predictor(trained.model, lambda model, batch: model.classify(batch), mesh)
     texts = Texts(list(rows), [0] * len(rows), (1.0,))
-    return each(run, texts, SHAPE, trained.tokenizer.pad_id)
+    return each(run, texts, trained.shape, trained.tokenizer.pad_id)
 
 
-def load_trained(folder: str | Path, mesh: Mesh, step: int | None = None) -> Trained:
+def load_trained(folder: str | Path, mesh: Mesh, step: int | None = None,
+                 dtype: str | None = None) -> Trained:
     """Loads what is in `folder`, whichever kind of folder it is.
 
     Args:
       step: of a run folder; its best one by default, the last where none was evaluated yet.
+      dtype: what to compute in; the run's own by default, float32 of any other folder.
 
     Raises:
       UserError: when it is none of the kinds, or damaged.
     """
     folder = Path(folder)
+    if step is not None and not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: no run folder, so it has no step {step}")
     if (folder / "adapter_config.json").exists():
         return _adapter(folder, mesh)
     if not (folder / "config.json").exists():
@@ -107,7 +117,7 @@ def load_trained(folder: str | Path, mesh: Mesh, step: int | None = None) -> Tra
                         "is no config.json and no adapter_config.json")
     raw = read_json(folder / "config.json")
     if "identity" in raw:
-        return _run(folder, raw, mesh, step)
+        return _run(folder, raw, mesh, step, dtype)
     model = load_model(folder, mesh=mesh)
     return Trained(model, load_tokenizer(folder), labels_of(model))
 
@@ -119,14 +129,20 @@ def labels_of(model: Any) -> tuple[str, ...]:
     return tuple(names[i] for i in sorted(names))
 
 
-def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["best"] | None
-         ) -> Trained:
+def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["best"] | None,
+         dtype: str | None) -> Trained:
     config, labels = ConfigDict(raw["config"]), tuple(raw["labels"])
+    base, tokens = setup.folders(config)
+    needed = [tokens] if config.model.init == "random" and config.model.config else [base, tokens]
+    if missing := [place for place in needed if not place.is_dir()]:
+        raise UserError(f"{folder}: it was trained on {missing[0]}, which is no folder here nor in "
+                        "the project; start where it lies, or load an exported folder")
     was, now = raw["identity"], setup.model_hashes(config)
     if changed := [name for name in now if was.get(name, now[name]) != now[name]]:
         raise UserError(f"{config.model.path}: it has changed since {folder} was trained on it "
                         f"({changed[0]}); put the old one back, or load an exported folder")
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    config.model.dtype = dtype or config.model.dtype
+    tokenizer = load_tokenizer(tokens)
     parts = setup.make_parts(config, "sequence" if labels else "lm", labels, mesh, tokenizer)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2**31))
     state = init_state(by_path(parts.trainable), optimizer, mesh)

@@ -17,6 +17,7 @@ from glm_jax.convert.released import Released, read_json
 from glm_jax.data.packing import Shape
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from glm_jax.errors import UserError
+from glm_jax.files import resolve
 from glm_jax.models import architecture_of
 from glm_jax.parallel.mesh import data_ways, make_mesh
 from glm_jax.tasks import Task
@@ -79,9 +80,14 @@ def build(config: Any) -> Run:
     if rows % ways:
         raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × fsdp "
                         f"= {ways}")
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = load_tokenizer(folders(config)[1])
     task = make_task(config, tokenizer)
     return Run(mesh, tokenizer, task, make_parts(config, task.head, task.labels, mesh, tokenizer))
+
+
+def folders(config: Any) -> tuple[Path, Path]:
+    """Where the model's weights lie, and its tokenizer."""
+    return resolve(config.model.path), resolve(config.model.tokenizer or config.model.path)
 
 
 def check_numbers(config: Any) -> None:
@@ -159,11 +165,11 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh) -> Any
     dtype = dtype_of(config)
     if config.model.init == "pretrained":
         kept = dtype if config.adapter.name else jnp.float32
-        return load_model(config.model.path, head=head, dtype=dtype, param_dtype=kept, mesh=mesh,
+        return load_model(folders(config)[0], head=head, dtype=dtype, param_dtype=kept, mesh=mesh,
                           seed=config.seed, **fields)
     if config.model.init != "random":
         raise UserError(f"model.init={config.model.init!r}: choose 'pretrained' or 'random'")
-    raw = dict(config.model.config) or read_json(Path(config.model.path) / "config.json")
+    raw = dict(config.model.config) or read_json(folders(config)[0] / "config.json")
     architecture = architecture_of(raw, "model.config")
     return init_model(architecture, architecture.config.from_dict({**raw, **fields}), head,
                       dtype=dtype, param_dtype=jnp.float32, mesh=mesh, seed=config.seed)
@@ -178,8 +184,8 @@ def identity(config: Any, task: Task) -> dict[str, Any]:
 
 def model_hashes(config: Any) -> dict[str, str]:
     """Hashes of what lies outside a run folder and must stay as it was: tokenizer and base."""
-    base = Path(config.model.path)
-    hashes = {"tokenizer sha256": sha256([Path(config.model.tokenizer or base) / "tokenizer.json"])}
+    base, tokenizer = folders(config)
+    hashes = {"tokenizer sha256": sha256([tokenizer / "tokenizer.json"])}
     if config.model.init == "pretrained":
         hashes["weights sha256"] = sha256(Released(base).files())
     if config.model.init == "pretrained" or not config.model.config:

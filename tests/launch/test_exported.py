@@ -2,11 +2,16 @@
 
 import csv
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from glm_jax.train.loop import train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +39,14 @@ def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tm
     assert {name: scores[name] for name in result["test"]} == pytest.approx(result["test"])
     assert f"accuracy {scores['accuracy']:.4g}" in done.out
 
+    several = []
     for source in (folder, folder / "adapter"):
         done = door("evaluate", f"--model={source}", f"--data={reviews}",
                     f"--json={tmp_path / 'all.json'}")
         assert done.code == 0, done.err
-        assert json.loads((tmp_path / "all.json").read_text())["examples"] == 240
+        several.append(json.loads((tmp_path / "all.json").read_text()))
+    assert several[0]["examples"] == 240
+    assert several[1]["loss"] == pytest.approx(several[0]["loss"], abs=1e-5)
 
     other = tmp_path / "other.csv"
     other.write_text("text,label\n好,好\n坏,坏\n")
@@ -46,12 +54,13 @@ def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tm
     assert "give --data" in refused("evaluate", f"--model={folder / 'adapter'}")
     assert "neither a run folder" in refused("evaluate", f"--model={tmp_path}")
     assert "no checkpoint '5'" in refused("evaluate", f"--model={folder}", "--step=5")
+    assert "has no step 5" in refused("evaluate", f"--model={folder / 'adapter'}", "--step=5")
     assert "--model" in refused("evaluate")
 
 
 def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, reviews, tmp_path):
     folder = run()
-    texts = ["房间喜欢", "电梯糟糕,早餐难吃", "好"]
+    texts = ["房间喜欢", "电梯糟糕,早餐难吃" * 30, "好"]  # one is longer than a row
     done = door("predict", f"--model={folder}", "--jsonl", *texts)
     assert done.code == 0 and done.err == "", done.err
     wanted = [json.loads(line) for line in done.out.splitlines()]
@@ -84,6 +93,32 @@ def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, re
     assert "not UTF-8 at byte 3" in refused("predict", f"--model={folder}", stdin=b"abc\xff")
     assert "absent.txt: no such file" in refused("predict", f"--model={folder}",
                                                  "--file=absent.txt")
+
+
+def test_a_run_finds_its_base_from_anywhere_or_says_that_it_is_gone(door, refused, run, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(run(), folder)
+    written = json.loads((folder / "config.json").read_text())
+    model = written["config"]["model"]
+    model["path"] = os.path.relpath(model["path"], ROOT)
+    (folder / "config.json").write_text(json.dumps(written))
+    (tmp_path / "elsewhere").mkdir()
+    there = {"cwd": tmp_path / "elsewhere"}
+    assert door("predict", f"--model={folder}", "好", **there).code == 0
+    model["path"] = "gone/base"
+    (folder / "config.json").write_text(json.dumps(written))
+    for name, *arguments in (("predict", "好"), ("convert", "--to=peft", "--out=out")):
+        assert "it was trained on gone/base, which is no folder here" in refused(
+            name, f"--model={folder}", *arguments, **there)
+
+
+def test_a_run_in_bfloat16_converts_to_what_pytorch_computes(door, smoke, reviews, tmp_path):
+    pytest.importorskip("torch")
+    train(smoke("", **{"model.dtype": "bfloat16", "steps": 8}), tmp_path / "run")
+    done = door("convert", f"--model={tmp_path / 'run'}", "--to=merged", "--verify",
+                f"--out={tmp_path / 'out'}", f"--data={reviews}", "--rows=20")
+    found = re.search(r"logits over 20 texts (\S+)", done.out)
+    assert done.code == 0 and found and float(found[1]) < 1e-4, (done.out, done.err)
 
 
 @pytest.mark.parametrize(("variant", "form"), [("", "peft"), ("", "merged"), ("full", "hf")])

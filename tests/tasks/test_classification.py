@@ -138,7 +138,7 @@ def test_each_keeps_the_order_of_the_examples(load):
     alone = np.concatenate([task.probabilities(run, [text]) for text in texts])
     np.testing.assert_array_equal(together, alone)
     assert len(np.unique(together[:, 0])) > 3
-    source = task.texts([Example(text, "", "") for text in texts], weighted=False)
+    source = task.texts([Example(text, "", "") for text in texts])
     lengths = each(lambda batch: batch.pool_index, source, SHAPE, task.pad_id)
     assert lengths.shape == (40,)
 
