@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ from glm_jax.models import architecture_of, head_of
 from glm_jax.models.weights import Weight
 from glm_jax.parallel.mesh import make_mesh, sharding
 
+# The files of a checkpoint folder: weights, configs, tokenizer, model card.
+_CHECKPOINT = re.compile(
+    r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|.*\.index)\.json|README\.md"
+    r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
 HEAD = "score"  # the classification head, which a pre-trained folder does not hold
 
 
@@ -237,9 +242,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
       UserError: when nothing can be written there, the disk is full for one; or when `folder`
         holds anything else than files of a checkpoint, which would be lost.
     """
-    if folder.exists() and not _replaceable(folder):
-        raise UserError(f"{folder}: is there already and is more than a checkpoint folder; "
-                        "name another, or remove it first")
+    if foreign := _foreign(folder):
+        raise UserError(f"{folder}: is there already and is more than a checkpoint folder "
+                        f"({foreign}); name another, or remove it first")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -261,10 +266,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replaceable(folder: Path) -> bool:
+def _foreign(folder: Path) -> str:
+    """What would be lost if a checkpoint took the folder's place; "" when nothing would."""
     if not folder.is_dir():
-        return False
-    entries = list(folder.iterdir())
-    names = {entry.name for entry in entries}
-    return not entries or (bool(names & {"config.json", "adapter_config.json"})
-                           and not any(entry.is_dir() for entry in entries))
+        return "a file" if folder.exists() else ""
+    names = {entry.name for entry in folder.iterdir()}
+    if names and not names & {"config.json", "adapter_config.json"}:
+        return "without a config"
+    return min((f"with {entry.name}" for entry in folder.iterdir()
+                if entry.is_dir() or not _CHECKPOINT.fullmatch(entry.name)), default="")

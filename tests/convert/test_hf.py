@@ -251,12 +251,12 @@ def test_saving_replaces_a_checkpoint_whole(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("kept", ["notes.txt", "checkpoints/1"])
+@pytest.mark.parametrize("kept", ["notes.txt", "checkpoints/1", "reviews.csv"])
 def test_saving_does_not_destroy_anything_else(tiny, tmp_path, kept):
     path = tmp_path / "out" / kept
     path.parent.mkdir(parents=True)
     path.write_text("precious")
-    if "/" in kept:  # a run's folder has a config.json, too
+    if kept != "notes.txt":  # a run's folder has a config.json, too
         (tmp_path / "out/config.json").write_text("{}")
     with pytest.raises(UserError, match="out: is there already and is more than a checkpoint"):
         save_model(tiny(), tmp_path / "out")

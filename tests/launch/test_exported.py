@@ -140,6 +140,9 @@ def test_pytorch_computes_the_same_from_what_is_converted(door, refused, run, re
     assert f"--to={wrong} is not for it" in refused(
         "convert", f"--model={folder}", f"--to={wrong}", f"--out={tmp_path / 'no'}")
     assert not (tmp_path / "no").exists()
+    exported = folder / ("model" if form == "hf" else "adapter")
+    assert "it is what is converted" in refused(
+        "convert", f"--model={exported}", f"--to={form}", f"--out={exported}")
     assert "is more than a checkpoint folder" in refused(
         "convert", f"--model={folder}", f"--to={form}", f"--out={folder.parent}")
 
