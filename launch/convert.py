@@ -49,7 +49,7 @@ def main() -> None:
                         f"use --to={'merged or --to=peft' if has == 'an' else 'hf'}")
     if not architecture_of(model.config.to_dict()).classes:
         raise UserError(f"{MODEL.value}: PyTorch has no {model.config.model_type} to load it with")
-    if out.exists() and any(map(out.samefile, (MODEL.value, resolve(trained.base)))):
+    if out.exists() and any(out.samefile(p) for p in (MODEL.value, resolve(trained.base))):
         raise UserError(f"--out={out}: it is what is converted; name another folder")
     rows = trained.encode_texts(DATA.value, ROWS.value) if VERIFY.value else []
     ours = last_logits(trained, rows, mesh) if rows else None
