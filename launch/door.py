@@ -21,7 +21,7 @@ FLAGS = flags.FLAGS
 _ARGUMENTS: list[str] = []
 # What the system may refuse without a mistake of ours: a full disk, no permission, a wrong path.
 THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-          errno.EISDIR, errno.EFBIG}
+          errno.EISDIR, errno.ENOENT, errno.EFBIG}
 flags.DEFINE_bool("verbose", False, "print the traceback of an error, and what libraries log")
 
 
@@ -73,8 +73,20 @@ def console() -> Any:
 
 
 def arguments() -> list[str]:
-    """What stands on the command line besides flags."""
+    """What stands on the command line besides flags; UserError where that is not UTF-8."""
+    for number, argument in enumerate(_ARGUMENTS, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"argument {number} is not UTF-8 at its character {error.start + 1}: "
+                            f"{argument[:40]!a}") from None
     return list(_ARGUMENTS)
+
+
+def column(given: str | None, trained: Any, kind: str) -> str:
+    """The column of the texts or labels (`kind`): as given, else the run's own, else its kind."""
+    own = trained.config.task.get(kind) if trained.config is not None else None
+    return str(given or own or kind)
 
 
 def run(main: Callable[[], None], arguments: bool = False) -> None:

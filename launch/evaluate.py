@@ -19,8 +19,8 @@ MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model"
 DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of the run's data")
 STEP = flags.DEFINE_integer("step", None, "a checkpoint of the run; the best one by default")
-TEXT = flags.DEFINE_string("text", "text", "the column of the texts in --data")
-LABEL = flags.DEFINE_string("label", "label", "the column of the labels in --data")
+TEXT = flags.DEFINE_string("text", None, "column of the texts in --data; the run's own by default")
+LABEL = flags.DEFINE_string("label", None, "column of the labels in --data; by default the run's")
 JSON = flags.DEFINE_string("json", "", "also write the figures to this file")
 
 
@@ -33,10 +33,16 @@ def main() -> None:
     from glm_jax.train.load import classifier, load_trained
     from glm_jax.train.report import result_table
 
+    if JSON.value and not Path(JSON.value).parent.is_dir():
+        raise UserError(f"--json={JSON.value}: there is no folder {Path(JSON.value).parent}")
+    if JSON.value and Path(JSON.value).is_dir():
+        raise UserError(f"--json={JSON.value}: a folder, not a file")
     mesh = make_mesh({})
     trained = load_trained(MODEL.value, mesh, STEP.value)
     if DATA.value:
-        records = load_records(DATA.value, TEXT.value, LABEL.value)
+        columns = (door.column(TEXT.value, trained, "text"),
+                   door.column(LABEL.value, trained, "label"))
+        records = load_records(DATA.value, *columns)
         examples = [example for rows in records.values() for example in rows]
         check_labels(examples, trained.labels, DATA.value)
     elif trained.config is not None:

@@ -18,7 +18,7 @@ from launch import door
 
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 FILE = flags.DEFINE_string("file", "", "a file of texts")
-TEXT = flags.DEFINE_string("text", "text", "the column of the texts in --file")
+TEXT = flags.DEFINE_string("text", None, "column of the texts in --file; the run's own by default")
 JSONL = flags.DEFINE_bool("jsonl", False, "one JSON object a line: text, label, probabilities")
 
 
@@ -31,20 +31,20 @@ def read_stdin() -> str:
 
 
 def main() -> None:
-    from glm_jax.data.records import read_texts
+    from glm_jax.data.records import read_texts, split_texts
     from glm_jax.errors import UserError
     from glm_jax.parallel.mesh import make_mesh
     from glm_jax.train.load import classifier, load_trained
 
     texts = door.arguments()
-    if FILE.value:
-        texts += read_texts(FILE.value, TEXT.value)
-    elif not texts:
-        texts = [line for line in map(str.strip, read_stdin().split("\n")) if line]
-    if not texts:
+    if not texts and not FILE.value:
+        texts = split_texts(read_stdin())
+    if not texts and not FILE.value:
         raise UserError("no text: give one as an argument, --file, or standard input")
     mesh = make_mesh({})
     trained = load_trained(MODEL.value, mesh)
+    if FILE.value:
+        texts += read_texts(FILE.value, door.column(TEXT.value, trained, "text"))
     task, run = classifier(trained, mesh)
     for text, p in zip(texts, task.probabilities(run, texts), strict=True):
         label = trained.labels[p.argmax()]

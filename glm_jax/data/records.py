@@ -75,12 +75,22 @@ def read_file(
 
 
 def read_texts(path: str | Path, text_field: str = "text") -> list[str]:
-    """Texts without labels: a column of a file that `read_file` knows, else a line each."""
+    """Texts without labels: a column of a file that `read_file` knows, else `split_texts`."""
     if Path(path).suffix.lower() in READERS:
         return [example.text for example in read_file(path, text_field, None)]
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    return [line.strip() for line in _text(Path(path)).splitlines() if line.strip()]
+    return split_texts(_text(Path(path)))
+
+
+def split_texts(text: str) -> list[str]:
+    """A text a line, without empty ones; a byte-order mark is dropped."""
+    return [line.strip() for line in _lines(text.removeprefix("\ufeff")) if line.strip()]
+
+
+def _lines(text: str) -> list[str]:
+    """Only \n, \r\n and \r end a line: a text may hold U+2028 and its like."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _names_beside(path: Path) -> list[str]:
@@ -109,7 +119,7 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str) -> None:
             raise UserError(
                 f"{where}: no field {field!r} for the {kind}; there are "
                 f"{', '.join(map(repr, names)) or 'none'}.{hint} "
-                f"Name it with --config.task.{kind}=NAME."
+                f"Name it with --{kind}=NAME (in training --config.task.{kind}=NAME)."
             )
 
 
@@ -154,8 +164,7 @@ def _text(path: Path) -> str:
 def _separated(path: Path, fields: Fields) -> Iterator[Row]:
     """Rows of a .csv or .tsv file. Raises UserError for a row with another number of columns."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Only \n, \r\n and \r end a line: a text may hold U+2028 and its like.
-    lines = _text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = _lines(_text(path))
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None

@@ -5,14 +5,29 @@ import logging
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 from glm_jax.data.records import BUILT_IN, Example, load_records
 from glm_jax.errors import UserError
 
 SPLITS = ("train", "dev", "test")
-SIMILAR = 0.7  # Jaccard similarity of character 3-grams from which two texts are near-duplicates
-HEAD = 20  # two texts that share this many first normalised characters are near-duplicates
+HEAD = 20  # texts that share this many first normalised characters are near-duplicates, ...
+FEW = 5  # ... unless more texts than this share them: then they are a form, not a repetition
+
+
+class Grams(NamedTuple):
+    """Two texts are near-duplicates from this Jaccard similarity of their character n-grams on."""
+
+    length: int
+    similar: float
+
+
+# One word changed in ten leaves about as much of either. Three letters of an alphabet are in
+# every text, so that all would have to be compared with all.
+WIDE = Grams(3, 0.7)  # Chinese, Japanese, Korean
+ALPHABETIC = Grams(8, 0.5)
 
 
 def normalise(text: str) -> str:
@@ -20,41 +35,55 @@ def normalise(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalpha())
 
 
-def _grams(key: str) -> set[str]:
-    return {key[i : i + 3] for i in range(max(1, len(key) - 2))}
+def grams_of(key: str) -> Grams:
+    """The kind of n-grams a normalised text is compared by: what most of its letters are."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in key)
+    return WIDE if 2 * wide >= len(key) else ALPHABETIC
 
 
-def similar_pairs(keys: Sequence[str], threshold: float = SIMILAR) -> list[tuple[int, int]]:
-    """All pairs i < j of normalised texts whose 3-gram Jaccard similarity reaches `threshold`.
+def similar_pairs(keys: Sequence[str]) -> list[tuple[int, int]]:
+    """All pairs i < j of normalised texts with the same `Grams` whose similarity reaches theirs.
 
-    Exact: with a text's grams ordered from rare to common, similar texts share one of the
-    first `n - ceil(threshold n) + 1`, so only texts that meet there are compared.
+    Exact: with a text's grams ordered from rare to common, two similar texts share one of the
+    first few of each (Xiao et al. 2008), so only texts that meet there are compared. These
+    are rare as long as `Grams` are long enough, so the time is about that of reading the texts;
+    it grows with the number of pairs where most texts are similar.
     """
-    grams = [_grams(key) for key in keys]
+    kinds: dict[Grams, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        kinds[grams_of(key)].append(i)
+    return [(min(places[i], places[j]), max(places[i], places[j]))
+            for kind, places in kinds.items()
+            for i, j in _pairs([keys[i] for i in places], kind)]
+
+
+def _pairs(keys: Sequence[str], kind: Grams) -> Iterator[tuple[int, int]]:
+    length, threshold = kind
+    grams = [{key[i : i + length] for i in range(max(1, len(key) - length + 1))} for key in keys]
     counts = Counter(gram for found in grams for gram in found)
-    order = sorted(range(len(keys)), key=lambda i: (len(grams[i]), i))
     seen: dict[str, list[int]] = defaultdict(list)
-    pairs = []
-    for i in order:
+    for i in sorted(range(len(keys)), key=lambda i: (len(grams[i]), i)):
         ranked = sorted(grams[i], key=lambda gram: (counts[gram], gram))
         size = len(ranked)
-        prefix = ranked[: size - math.ceil(threshold * size) + 1]
-        candidates = {j for gram in prefix for j in seen[gram]}
-        for j in candidates:
+        # Against smaller texts they share `threshold size`, against larger ones, which come
+        # later, more; 1e-9 since a rounding error must not shorten what is looked at.
+        smaller = size - math.ceil(threshold * size - 1e-9) + 1
+        larger = size - math.ceil(2 * threshold / (1 + threshold) * size - 1e-9) + 1
+        for j in {j for gram in ranked[:smaller] for j in seen.get(gram, ())}:
             if len(grams[j]) >= threshold * size:
                 both = len(grams[i] & grams[j])
                 if both >= threshold * (size + len(grams[j]) - both):
-                    pairs.append((min(i, j), max(i, j)))
-        for gram in prefix:
-            seen[gram].append(i)
-    return pairs
+                    yield i, j
+        for gram in ranked[:larger]:
+            if counts[gram] > 1:
+                seen[gram].append(i)
 
 
 def duplicate_groups(texts: Sequence[str]) -> list[str]:
     """For each text, its group's name; near-duplicates have the same.
 
     Near-duplicates are texts that are equal after `normalise`, share their first HEAD
-    normalised characters, or whose character 3-grams are SIMILAR. The name is the first
+    normalised characters with a FEW, or are `similar_pairs`. The name is the first
     normalised text of the group in sorted order, so it does not depend on the order of rows.
     """
     keys = [normalise(text) or text for text in texts]
@@ -71,9 +100,11 @@ def duplicate_groups(texts: Sequence[str]) -> list[str]:
         first, second = sorted((root(i), root(j)))
         parent[second] = first
 
-    for i in range(1, len(unique)):  # sorted: equal heads stand side by side
-        if len(unique[i]) >= HEAD and unique[i][:HEAD] == unique[i - 1][:HEAD]:
-            join(i - 1, i)
+    for _, same in groupby(range(len(unique)), lambda i: unique[i][:HEAD]):  # sorted
+        first, *others = same
+        if len(unique[first]) >= HEAD and len(others) < FEW:
+            for i in others:
+                join(first, i)
     for i, j in similar_pairs(unique):
         join(i, j)
     name = {key: unique[root(i)] for i, key in enumerate(unique)}
@@ -120,8 +151,11 @@ def load_splits(
 
     What is not named and is no split of `train` either is cut from `train` by `hash_split`, a
     tenth of it each; when both are named `train` is used whole. Raises UserError for an empty
-    split; logs how many dev and test rows repeat a training row.
+    split; logs when the cut is far from that, and how many dev and test rows repeat a training row.
     """
+    if not train.strip():
+        raise UserError("task.train is empty: name a file or a data set, such as "
+                        f"--config.task.train=reviews.csv or {BUILT_IN}")
     found = load_records(train, text_field, label_field)
     splits = {"train": _pick(found, "train", train)}
     for name, source in (("dev", dev), ("test", test)):
@@ -138,9 +172,11 @@ def load_splits(
         for name in ("train", *cut):
             if not splits[name]:
                 raise UserError(
-                    f"{train}: cut by hash, its {rows} rows leave {name} empty. Give more rows, or "
-                    f"name another file: --config.task.{cut[-1] if name == 'train' else name}=FILE"
+                    f"{train}: cut by hash with near-duplicates kept together, its {rows} rows "
+                    f"leave {name} empty. Give more rows, or rows that differ more, or name "
+                    f"another file: --config.task.{cut[-1] if name == 'train' else name}=FILE"
                 )
+        _warn_shares(train, {name: len(splits[name]) for name in ("train", *cut)})
     _warn_repeats(splits)
     return {name: splits[name] for name in SPLITS}
 
@@ -153,6 +189,17 @@ def _pick(found: dict[str, list[Example]], name: str, source: str) -> list[Examp
     if len(found) == 1:
         return next(iter(found.values()))
     raise UserError(f"{source}: no split for {name}; it has {', '.join(found) or 'none'}")
+
+
+def _warn_shares(source: str, sizes: dict[str, int]) -> None:
+    """Logs where a split is far from the tenth that was wanted, by more than chance."""
+    total = sum(sizes.values())
+    for name, size in sizes.items():
+        wanted = total * (0.1 if name != "train" else 1.1 - len(sizes) / 10)
+        if abs(size - wanted) > max(wanted / 2, 4 * math.sqrt(wanted)):
+            logging.warning("%s: %d of its %d rows are in %s, where %d were wanted: many are "
+                            "near-duplicates, which stay together", source, size, total, name,
+                            round(wanted))
 
 
 def _warn_repeats(splits: dict[str, list[Example]]) -> None:

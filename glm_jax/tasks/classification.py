@@ -21,6 +21,8 @@ from glm_jax.nn.loss import classification_loss
 from glm_jax.tasks import Evaluation, Run, each
 from glm_jax.tasks.metrics import classification_metrics
 
+SHOWN = 10  # labels in a message, at most
+
 
 class WordDropout(NamedTuple):
     """Hides a share `rate` of a text's tokens behind `mask_id` (Iyyer et al. 2015), never `kept`.
@@ -98,6 +100,10 @@ class Classification(NamedTuple):
         if len(labels) < 2:
             raise UserError(f"task.train={config.train}: every row has the label {labels[0]!r}; "
                             f"is {config.label!r} the label column?")
+        if len(labels) > max(SHOWN, 0.9 * len(examples["train"])):
+            raise UserError(f"task.train={config.train}: its {len(examples['train'])} training "
+                            f"rows have {len(labels)} different labels; is {config.label!r} the "
+                            "label column? Name it with --config.task.label=NAME")
         if not 0 <= config.word_dropout < 1:
             raise UserError(f"task.word_dropout={config.word_dropout}: a share from 0 to below 1 "
                             "is wanted")
@@ -178,10 +184,16 @@ def weigh_classes(weights: tuple[Any, ...], counts: Mapping[str, int]) -> tuple[
         return (1.0,) * len(labels)
     if len(weights) != len(labels) or not all(
             isinstance(w, int | float) and 0 < w < math.inf for w in weights):
-        raise UserError(f"task.class_weights={','.join(map(str, weights))}: one positive number "
-                        f"for each of the {len(labels)} classes is wanted ({', '.join(labels)}), "
+        raise UserError(f"task.class_weights={shown(weights)}: one positive number "
+                        f"for each of the {len(labels)} classes is wanted ({shown(labels)}), "
                         "or balanced")
     return tuple(map(float, weights))
+
+
+def shown(values: Sequence[Any]) -> str:
+    """The first few of many, for a message: "a, b, … and 90 more"."""
+    more = len(values) - SHOWN
+    return ", ".join(map(str, values[:SHOWN])) + (f", … and {more} more" if more > 0 else "")
 
 
 def check_labels(rows: Sequence[Example], labels: Sequence[str], split: str) -> None:
@@ -189,4 +201,4 @@ def check_labels(rows: Sequence[Example], labels: Sequence[str], split: str) -> 
     for row in rows:
         if row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r} in {split} does not occur in "
-                            f"training, which has {', '.join(labels)}")
+                            f"training, which has {shown(labels)}")

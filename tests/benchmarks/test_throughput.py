@@ -1,5 +1,6 @@
 """benchmarks/throughput.py at toy size: both sides do the same work, and every figure is there."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -41,11 +42,18 @@ def test_both_sides_have_the_same_loss_on_the_same_batch(head: str, toy_model: s
 def test_step_and_examples_are_measured(toy_model: str, toy_reviews: Path, tmp_path: Path) -> None:
     result = run("step,examples", toy_model, toy_reviews, tmp_path / "out.json")
     step, examples = result["step"], result["examples"]
-    assert step["ratio"] > 0 and len(step["seconds_a_step"]["ours"]) == 2
+    ours, theirs = (np.array(step["seconds_a_step"][side]) for side in ("ours", "theirs"))
+    assert len(ours) == 2 and step["ratio"] == pytest.approx(np.median(ours / theirs))
+    assert (step["ours_s"], step["theirs_s"]) == pytest.approx((ours.mean(), theirs.mean()))
     assert set(step["torch_step_s_by_threads"]) == {"1"}
-    assert 1 < examples["examples_a_step"] <= 120 and 0 < examples["ours_fill"] <= 1
-    assert examples["ours"] > 0 < examples["theirs_grouped"]
-    assert "throughput.py" in result["command"] and result["machine"]["torch"]
+    # The training share of 120 short reviews goes into one step, which they don't fill.
+    assert 80 <= examples["examples_a_step"] <= 110 and 0.1 < examples["ours_fill"] < 0.9
+    rates = {name: np.array(rate) for name, rate in examples["examples_a_second"].items()}
+    assert examples["ratio"] == pytest.approx(np.median(rates["ours"] / rates["theirs"]))
+    assert examples["ratio_grouped"] == pytest.approx(
+        np.median(rates["ours"] / rates["theirs_grouped"]))
+    assert "--rounds=2" in result["command"]
+    assert result["machine"]["torch"] == importlib.metadata.version("torch")
 
 
 @pytest.mark.slow
@@ -55,5 +63,7 @@ def test_memory_and_start_are_measured(toy_model: str, toy_reviews: Path, tmp_pa
     np.testing.assert_allclose(*(losses[0] for losses in memory["losses"].values()), rtol=1e-3)
     for side in ("ours", "theirs"):
         assert 0 < memory["beyond_imports_mib"][side] < memory["peak_mib"][side]
-        assert start[f"{side}_s"] > 0.5
-    assert 0 < start["dispatch_ms"] < 1000
+        # A process holds the embedding of 65k pieces at least, and its imports take a while.
+        assert memory["beyond_imports_mib"][side] > 65024 * 32 * 4 / 2**20
+        assert 0.5 < start[f"{side}_s"] == np.median(start["first_step_s"][side])
+    assert 0 < start["dispatch_ms"] < 1e3 * start["ours_s"]

@@ -5,7 +5,15 @@ import os
 
 import pytest
 
-from glm_jax.data.records import Example, is_file, load_records, read_dataset, read_file
+from glm_jax.data.records import (
+    Example,
+    is_file,
+    load_records,
+    read_dataset,
+    read_file,
+    read_texts,
+    split_texts,
+)
 from glm_jax.errors import UserError
 
 
@@ -160,3 +168,9 @@ def test_an_unknown_datasets_name_is_one_line():
     with pytest.raises(UserError) as error:
         load_records("no-such-data-set-here")
     assert "'no-such-data-set-here'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_a_line(tmp_path):
+    text = "\ufeff好\u2028的\x85了\r\n\n 差 \r还行"
+    assert split_texts(text) == ["好\u2028的\x85了", "差", "还行"]
+    assert read_texts(write(tmp_path, "a.txt", text.encode())) == split_texts(text)

@@ -2,13 +2,18 @@
 
 import logging
 import random
+import time
 
 import numpy as np
 import pytest
 
 from glm_jax.data.records import Example
 from glm_jax.data.split import (
+    ALPHABETIC,
+    FEW,
+    WIDE,
     duplicate_groups,
+    grams_of,
     hash_split,
     load_splits,
     normalise,
@@ -31,19 +36,48 @@ def test_normalise_keeps_letters_only():
     assert normalise("Ｔｈｅ 房间，很  好!! 2008 😀") == "the房间很好"
 
 
-def test_similar_pairs_equals_brute_force():
+@pytest.mark.parametrize(("letters", "kind", "longest"), [("的一是", WIDE, 12),
+                                                          ("ab", ALPHABETIC, 24)])
+def test_similar_pairs_equals_brute_force(letters, kind, longest):
     rng = random.Random(0)
-    keys = ["".join(rng.choices("abc", k=rng.randint(1, 12))) for _ in range(150)]
+    keys = ["".join(rng.choices(letters, k=rng.randint(1, longest))) for _ in range(150)]
+    keys += [key[:-1] + rng.choice(letters) for key in keys] + [key + letters[0] for key in keys]
     keys = sorted(set(keys))
+    n, threshold = kind
 
     def jaccard(a, b):
-        a, b = ({k[i : i + 3] for i in range(max(1, len(k) - 2))} for k in (a, b))
+        a, b = ({k[i : i + n] for i in range(max(1, len(k) - n + 1))} for k in (a, b))
         return len(a & b) / len(a | b)
 
     wanted = {(i, j) for j in range(len(keys)) for i in range(j)
-              if jaccard(keys[i], keys[j]) >= 0.7}
-    assert len(wanted) > 10
-    assert set(similar_pairs(keys)) == wanted
+              if jaccard(keys[i], keys[j]) >= threshold}
+    assert len(wanted) > 100
+    found = similar_pairs([letter for key in keys for letter in (key, "я" * 30)])
+    assert sorted((i, j) for i, j in found if not i % 2) == sorted((2 * i, 2 * j)
+                                                                   for i, j in wanted)
+
+
+def test_the_kind_of_grams_is_what_most_letters_are():
+    assert grams_of("房间abc") == ALPHABETIC and grams_of("房间ab") == WIDE
+    assert {grams_of(key) for key in ("カメラ", "방이", "")} == {WIDE}
+    assert {grams_of(key) for key in ("комната", "غرفة", "ห้อง")} == {ALPHABETIC}
+
+
+WORDS = ["".join(random.Random(i).choices("etaoinshrdlu", k=3 + i % 6)) for i in range(8000)]
+OFTEN = [1 / (1 + i) for i in range(len(WORDS))]
+
+
+def test_long_texts_of_an_alphabet_are_cut_in_seconds_and_keep_near_duplicates_together():
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, OFTEN, k=200)) for _ in range(600)]
+    again = [text.split() for text in texts[:20]]
+    for words in again:
+        for i in range(0, 200, 12):
+            words[i] = "changed"
+    began = time.process_time()
+    groups = duplicate_groups(texts + [" ".join(words) for words in again])
+    assert time.process_time() - began < 6  # comparing all with all takes longer
+    assert groups[600:] == groups[:20] and len(set(groups)) == 600
 
 
 HOTEL = "这家酒店位置非常好离地铁站很近走路五分钟就到"
@@ -58,6 +92,14 @@ LAPTOP = "电脑用了三天就坏了客服态度很差再也不会买这个牌�
 def test_near_duplicates_share_a_group(first, second):
     one, two, other = duplicate_groups([first, second, "完全不同的一句话，写的是别的事情"])
     assert one == two != other
+
+
+def test_a_head_that_many_texts_share_joins_none():
+    heads = [row.text[:20] for row in examples(2)]
+    rows = [heads[0] + row.text for row in examples(FEW)]
+    assert len(set(duplicate_groups(rows))) == 1
+    rows += [heads[0] + row.text for row in examples(1, 900)]
+    assert len(set(duplicate_groups([*rows, rows[0] + "的", heads[1]]))) == FEW + 2
 
 
 def test_hash_split_does_not_depend_on_the_order_and_covers_all():
@@ -101,8 +143,19 @@ def test_a_file_alone_is_cut_and_named_files_are_used_whole(tmp_path, caplog):
 
 def test_an_empty_split_names_the_flag(tmp_path):
     path = write(tmp_path / "a.csv", examples(1))
-    with pytest.raises(UserError, match=r"its 1 rows leave (dev|train) empty.*--config\.task\."):
+    with pytest.raises(UserError, match=r"near-duplicates kept together, its 1 rows leave "
+                                        r"(dev|train) empty.*--config\.task\."):
         load_splits(path)
+
+
+def test_a_share_far_from_what_was_wanted_is_logged(tmp_path, caplog):
+    rows = examples(300)
+    load_splits(write(tmp_path / "even.csv", rows))
+    assert "wanted" not in caplog.text
+    rows += [row._replace(text=rows[0].text + "。" * i) for i, row in enumerate(examples(300), 1)]
+    load_splits(write(tmp_path / "odd.csv", rows))
+    found = [r.getMessage() for r in caplog.records if "wanted" in r.getMessage()]
+    assert found and "many are near-duplicates" in found[0] and "of its 600 rows" in found[0]
 
 
 def test_unit_hash_is_fixed():

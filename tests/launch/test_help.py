@@ -1,4 +1,7 @@
-"""`--help` of every door: quick, since nothing heavy is imported for it, and clean."""
+"""`--help` of every door: quick, since nothing heavy is imported for it, and clean.
+
+And what a door refuses before it loads anything.
+"""
 
 import resource
 import subprocess
@@ -8,8 +11,11 @@ import pytest
 
 from tests.launch.conftest import ROOT
 
+DOORS = {"train": "--config:", "evaluate": "--model:", "predict": "--model:", "convert": "--model:",
+         "corpus": "--out:"}
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "convert"])
+
+@pytest.mark.parametrize("name", DOORS)
 def test_help(name):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"],
@@ -17,16 +23,27 @@ def test_help(name):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert f"python launch/{name}.py --" in done.stdout and "--[no]verbose" in done.stdout
-    assert ("--config:" if name == "train" else "--model:") in done.stdout
+    assert DOORS[name] in done.stdout
     assert done.stderr == "" and "Traceback" not in done.stdout
     # Processor time: a busy machine makes the clock slow, not this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "convert"])
+@pytest.mark.parametrize("name", DOORS)
 def test_parsing_flags_imports_nothing_heavy(name):
     heavy = ["jax", "flax", "orbax", "torch", "transformers", "grain", "sklearn"]
     code = (f"import runpy, sys; runpy.run_path('launch/{name}.py'); "
             f"print([m for m in {heavy} if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_is_refused_before_anything_is_loaded(refused, tmp_path):
+    none, absent = f"--model={tmp_path / 'none'}", tmp_path / "absent"
+    inside = f"--json={absent / 'x.json'}"
+    assert f"there is no folder {absent}" in refused("evaluate", none, inside)
+    assert "a folder, not a file" in refused("evaluate", none, f"--json={tmp_path}")
+    assert r"argument 2 is not UTF-8 at its character 2: 'a\udcff'" in refused(
+        "predict", none, "好", "a\udcff")
+    assert f"{absent}" in refused("corpus", f"--tokenizer={absent}")
+    assert "unexpected argument 'more'" in refused("corpus", "more")

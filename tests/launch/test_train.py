@@ -60,12 +60,26 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     (("--config.model.dtype=float8",), "choose one of float32, bfloat16"),
     (("--config.task.class_weights=1,2,3",), "for each of the 2 classes"),
     (("--config.task.class_weights=balance",), "or balanced"),
+    (("--config.task.train=",), "task.train is empty: name a file"),
+    (("--config.task.label=text",), "different labels; is 'text' the label column?"),
+    (("--config.seed=99999999999999999999",), "seed=99999999999999999999: it must be at most"),
+    (("--config.steps=2",), "optimizer.warmup=2, steps=2: 2 warm-up steps leave none"),
+    (("--config.optimizer.b1=1.0",), "optimizer.b1=1.0: it must be below 1"),
+    (("--config.optimizer.b2=-0.1",), "optimizer.b2=-0.1: it must be at least 0"),
+    (("--config.optimizer.eps=0.0",), "optimizer.eps=0.0: it must be at least"),
+    (("--config.optimizer.final=1.5",), "optimizer.final=1.5: it must be at most 1"),
 ])
 def test_bad_input_leaves_no_run_folder(refused, base, reviews, tmp_path, arguments, message):
     folder = tmp_path / "run"
     given = [f"--config.model.path={base}", f"--config.task.train={reviews}", *arguments]
     assert message in refused("train", SMOKE, f"--workdir={folder}", *given)
     assert not folder.exists()
+
+
+def test_a_run_folder_that_the_system_refuses(refused, base, reviews):
+    assert "/proc/x: No such file or directory" in refused(
+        "train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
+        "--workdir=/proc/x/y")
 
 
 def rows(folder):
@@ -154,10 +168,42 @@ def test_variants_run(door, base, reviews, tmp_path, variant):
 
 
 def test_no_space_left(door, base, reviews, tmp_path):
-    result = door("train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
-                  f"--workdir={tmp_path / 'run'}", limit=20_000)
+    """What was saved stays whole, and the same command goes on from it."""
+    command = ["train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}"]
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    assert door(*command, f"--workdir={whole}").code == 0
+    result = door(*command, f"--workdir={full}", meanwhile=after(full, 9, SIGTERM))
+    assert result.code == 128 + SIGTERM, result.err
+    steps = {p.name for p in (full / "checkpoints").iterdir() if p.name.isdigit()}
+    kept = {name: content(full / "checkpoints" / name) for name in steps}
+
+    result = door(*command, f"--workdir={full}", limit=20_000)
     assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
-    assert "File too large" in result.err
+    assert "could not be written to" in result.err and "File too large" in result.err
+    assert steps and {n: content(full / "checkpoints" / n) for n in steps} == kept
+    assert {p.name for p in (full / "checkpoints").iterdir() if p.name.isdigit()} == steps
+    assert door(*command, f"--workdir={full}").code == 0
+    assert content(full / "adapter") == content(whole / "adapter") and rows(full) == rows(whole)
+
+
+def test_the_columns_of_a_run_are_those_of_its_doors(door, refused, base, reviews, tmp_path):
+    data, folder = tmp_path / "named.csv", tmp_path / "run"
+    data.write_text(reviews.read_text().replace("text,label", "body,stars", 1))
+    done = door("train", SMOKE, f"--config.model.path={base}", f"--config.task.train={data}",
+                "--config.task.text=body", "--config.task.label=stars", "--config.steps=3",
+                "--config.eval.every=3", f"--workdir={folder}")
+    assert done.code == 0, done.err
+    done = door("evaluate", f"--model={folder}", f"--data={data}")
+    assert done.code == 0, done.err
+    done = door("predict", f"--model={folder}", f"--file={data}")
+    assert done.code == 0 and len(done.out.splitlines()) == 240, done.err
+    assert "Name it with --label=NAME" in refused(
+        "evaluate", f"--model={folder}", f"--data={data}", "--label=star")
+    lines = "\ufeff好\u2028坏\r\n坏\n".encode()
+    (tmp_path / "lines.txt").write_bytes(lines)
+    piped = door("predict", f"--model={folder}", stdin=lines).out
+    assert piped == door("predict", f"--model={folder}", f"--file={tmp_path / 'lines.txt'}").out
+    assert [line.split("\t")[-1] for line in piped.split("\n")] == ["好\u2028坏", "坏", ""]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(door, base, reviews, tmp_path):

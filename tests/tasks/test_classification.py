@@ -12,7 +12,7 @@ from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.nn.loss import classification_loss
 from glm_jax.tasks import each
-from glm_jax.tasks.classification import Classification, check_labels, weigh_classes
+from glm_jax.tasks.classification import Classification, check_labels, shown, weigh_classes
 
 SHAPE = Shape(4, 32, 4)
 
@@ -156,3 +156,18 @@ def test_figures_of_an_evaluation(load):
     assert (row["text"], row["label"], row["predicted"]) == ("净", "a", "abc"[p[3].argmax()])
     assert row["where"].endswith("dev.csv:5")
     assert assemble([[task.source("dev").piece(3, 0)]], SHAPE, 0).labels[0, 0] == 0
+
+
+def test_many_labels_are_not_all_printed(load):
+    assert shown("abc") == "a, b, c"
+    assert shown(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … and 2 more"
+    many = {str(i): 1 for i in range(10, 110)}
+    with pytest.raises(UserError, match=r"100 classes is wanted \(10, .*, … and 90 m") as error:
+        weigh_classes(tuple(range(99)), many)
+    assert len(str(error.value)) < 300
+    with pytest.raises(UserError, match=r"has 10, .*, … and 90 more$"):
+        check_labels([Example("好", "a", "x:1")], sorted(many), "dev")
+    rows = [(f"房{i}", f"说{i}") for i in range(12)]
+    with pytest.raises(UserError, match="its 12 training rows have 12 different labels; is 'la"):
+        load(rows, rows, rows)
+    assert len(load(rows * 2, rows, rows).labels) == 12
