@@ -25,7 +25,7 @@ from glm_jax.parallel.mesh import make_mesh, sharding
 
 # The files of a checkpoint folder: weights, configs, tokenizer, model card.
 _CHECKPOINT = re.compile(
-    r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|.*\.index)\.json|README\.md"
+    r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
     r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
 HEAD = "score"  # the classification head, which a pre-trained folder does not hold
 
