@@ -22,7 +22,7 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
     warmup = int(warmup * steps if warmup < 1 else warmup)
     if warmup >= steps:
         raise UserError(f"optimizer.warmup={config.warmup}: {warmup} warm-up steps leave none of "
-                        f"the {steps} steps of the run")
+                        f"the {steps} steps of the run; lower it, or raise steps or epochs")
     rest, end = steps - warmup, peak * config.final
     shapes = {
         "constant": lambda: optax.constant_schedule(peak),

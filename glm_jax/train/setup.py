@@ -103,11 +103,6 @@ def check_numbers(config: Any) -> None:
     for name in ("optimizer.b1", "optimizer.b2"):
         if fields[name] >= 1:
             raise UserError(f"{name}={fields[name]}: it must be below 1")
-    warmup = config.optimizer.warmup
-    if config.steps and 1 <= warmup >= config.steps:
-        raise UserError(f"optimizer.warmup={warmup:g}, steps={config.steps}: {warmup:g} warm-up "
-                        f"steps leave none of the {config.steps} steps of the run; lower the one "
-                        "or raise the other")
     if not config.steps and not 0 < config.epochs < math.inf:
         raise UserError(f"epochs={config.epochs}: it must be positive where steps is 0")
 

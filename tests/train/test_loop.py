@@ -17,16 +17,7 @@ from glm_jax.tasks.classification import Classification
 from glm_jax.train import loop
 from glm_jax.train.load import load_trained
 from glm_jax.train.step import by_path
-
-
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "second" not in name}
-            for line in lines]
-
-
-def content(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+from tests.folders import content, rows
 
 
 def parameters(folder):
