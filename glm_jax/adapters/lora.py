@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from glm_jax.adapters.targets import ALL_LINEAR, find, linears
 from glm_jax.errors import UserError
+from glm_jax.nn.matmul import matmul, rounds
 from glm_jax.parallel.mesh import constrain, make_mesh, sharding
 
 
@@ -86,11 +87,12 @@ class LoRA(nnx.Module):
         a = constrain(self.lora_a[...], self.axes[0], "rank", gathered=True)
         b = constrain(self.lora_b[...], "rank", self.axes[1], gathered=True)
         if key is not None and self.dropout:
-            return lora(x, x @ kernel, a, b, dropout_mask(key, x.shape, self.dropout),
+            return lora(x, matmul(x, kernel), a, b, dropout_mask(key, x.shape, self.dropout),
                         self.scale / (1 - self.dropout))
         few = x.size // x.shape[-1] * sum(kernel.shape) < kernel.size  # as when decoding
-        if few or x.dtype != jnp.float32:  # a small change is lost in the rounding of a bf16 sum
-            return lora(x, x @ kernel, a, b, None, self.scale)
+        # A small change is lost when its sum with the kernel is rounded to bfloat16.
+        if few or rounds(x) or x.dtype != jnp.float32:
+            return lora(x, matmul(x, kernel), a, b, None, self.scale)
         return folded(x, kernel, a, b, self.scale)
 
     def merged(self, kernel: jax.Array) -> jax.Array:

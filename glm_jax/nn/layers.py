@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from glm_jax.nn.matmul import matmul
 from glm_jax.parallel.mesh import constrain
 
 UNROLLED = 8  # so many layers, or fewer, are compiled one by one on a single device
@@ -29,7 +30,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`; `key` is for an adapter's dropout."""
         kernel = constrain(self.kernel[...].astype(x.dtype), *self.axes, gathered=True)
-        y = self.adapter(x, kernel, key) if hasattr(self, "adapter") else x @ kernel
+        y = self.adapter(x, kernel, key) if hasattr(self, "adapter") else matmul(x, kernel)
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(x.dtype)
         return y

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK = 1024  # tokens whose logits exist at a time
+from glm_jax.nn.matmul import matmul, over_outputs, over_tokens
+
+LOGITS = 2**25  # so many exist at a time, in float32
 
 
 def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array,
-                  weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
+                  weights: jax.Array, chunk: int = 0) -> jax.Array:
     """Sum of weight * -log softmax(hidden kernel)[target], never holding all the logits.
 
     The gradient is formed in the same pass over chunks of tokens; that of `kernel` only when it
@@ -20,12 +22,14 @@ def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array,
       kernel: `[hidden, vocabulary]`.
       targets: `[batch, length]` int32.
       weights: `[batch, length]` float32.
-      chunk: about how many tokens a chunk has; rows are cut along their length.
+      chunk: about how many tokens a chunk has; rows are cut along their length. 0: as many as
+        give `LOGITS`, and at least 1,024.
 
     Returns:
       A float32 scalar.
     """
     batch, length, _ = hidden.shape
+    chunk = chunk or max(1024, LOGITS // kernel.shape[1])
     size = min(length, max(1, chunk // batch))
     pad = -length % size
 
@@ -40,7 +44,7 @@ def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array,
 def _chunk_loss(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
                 ) -> tuple[jax.Array, jax.Array]:
     """The loss of a chunk and its gradient for the logits."""
-    logits = jnp.einsum("bld,dv->blv", hidden, kernel, preferred_element_type=jnp.float32)
+    logits = matmul(hidden, kernel, jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = jnp.sum(exp, axis=-1, keepdims=True)
@@ -66,9 +70,8 @@ def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any) -> tuple[jax.
         loss, dlogits = _chunk_loss(part[0], matrix, *part[1:])
         dlogits = dlogits.astype(matrix.dtype)
         if trained:
-            dkernel += jnp.einsum("bld,blv->dv", part[0], dlogits,
-                                  preferred_element_type=jnp.float32)
-        return (total + loss, dkernel), jnp.einsum("blv,dv->bld", dlogits, matrix)
+            dkernel += over_tokens(part[0], dlogits)
+        return (total + loss, dkernel), over_outputs(dlogits, matrix)
 
     zero = jnp.zeros(matrix.shape, jnp.float32) if trained else None
     (total, dkernel), dhidden = jax.lax.scan(

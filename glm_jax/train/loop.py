@@ -58,7 +58,7 @@ def train(config: Any, workdir: Path) -> Finished:
     run = setup.build(config)
     identity = setup.identity(config, run.task)
     setup.check_same_run(workdir, identity)
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), setup.matmul_precision(config):
         loop = Loop(config, workdir, run, started)
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
         workdir.mkdir(parents=True, exist_ok=True)

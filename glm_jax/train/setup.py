@@ -1,5 +1,6 @@
 """From a config to what a run needs: mesh, task, model, and the trainable / frozen partition."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -153,6 +154,15 @@ def dtype_of(config: Any) -> Any:
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[config.model.dtype]
+
+
+def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
+    """JAX's setting of that name, for the program that is traced within."""
+    try:
+        return jax.default_matmul_precision(config.model.matmul_precision or None)
+    except ValueError as error:
+        raise UserError(f"model.matmul_precision={config.model.matmul_precision!r}: {error}"
+                        ) from None
 
 
 def make_task(config: Any, tokenizer: Tokenizer) -> Task:

@@ -59,6 +59,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     (("--config.trainable=scor",), "'scor' matches no parameter; did you mean 'score'?"),
     (("--config.trainable=.*",), "adapter.name=''"),
     (("--config.model.dtype=float8",), "choose one of float32, bfloat16"),
+    (("--config.model.matmul_precision=bf16",), "model.matmul_precision='bf16'"),
     (("--config.task.class_weights=1,2,3",), "for each of the 2 classes"),
     (("--config.task.class_weights=balance",), "or balanced"),
     (("--config.task.train=",), "task.train is empty: name a file"),
