@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "class_weights": (),  # one number a class, or "balanced"
         "word_dropout": 0.2,  # the share of a text's tokens that training hides behind [MASK]
     })
-    config.epochs = 6.0
+    config.epochs = 5.0
     config.batch.update(rows=8, length=256, examples=48)
     config.optimizer.update(learning_rate=2e-3, schedule="linear", warmup=0.06, weight_decay=0.01)
     config.eval.update(every=100, metric="accuracy", patience=8)
