@@ -40,6 +40,14 @@ def test_inputs_are_rounded_and_sums_are_not(arrays):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_rows_without_a_length_have_a_derivative_too(arrays):
+    x, kernel, dy = arrays[0][0], arrays[1], arrays[2][0]
+    with jax.default_matmul_precision("BF16_BF16_F32"):
+        _, dx, dkernel = value_and_pullback(x, kernel, dy)
+    np.testing.assert_allclose(dx, half(dy) @ half(kernel).T, atol=2e-5)
+    np.testing.assert_allclose(dkernel, np.asarray(x).T @ np.asarray(dy), rtol=2e-2, atol=5e-2)
+
+
 def test_without_the_setting_nothing_is_rounded(arrays):
     x, kernel, dy = (np.asarray(a, np.float64) for a in arrays)
     wanted = x @ kernel, dy @ kernel.T, np.einsum("bli,blo->io", x, dy)
