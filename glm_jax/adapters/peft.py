@@ -253,13 +253,12 @@ def _pieces(model: Any, modules: tuple[str, ...]) -> list[_Piece]:
                 pieces.append(_Piece([f"{PREFIX}{name}.lora_{letter}.weight" for name in names],
                                      param, True, param.get_value().ndim == 3))
     for row in weight_table(model):
-        if matches(modules, row.name.rpartition(".")[0]):
+        if row.read and matches(modules, row.name.rpartition(".")[0]):
             if len(row.paths) > 1:
                 raise UserError(f"modules_to_save: {row.name} is in parts here; not supported")
             param = parameters[row.paths[0]]
-            count = param.get_value().shape[0] if row.per_layer else 1
-            pieces.append(_Piece([PREFIX + row.name.format(n) for n in range(count)], param,
-                                 row.transpose, row.per_layer))
+            names = [PREFIX + name for _, name in row.names(param.get_value().shape)]
+            pieces.append(_Piece(names, param, row.transpose, bool(row.stacked)))
     return pieces
 
 

@@ -37,11 +37,11 @@ def torch_names(model: Any) -> dict[str, list[str]]:
     """
     layers, names = linears(model), {}
     for row in weight_table(model):
-        module, _, kind = row.name.rpartition(".")
-        path = row.paths[0].removesuffix(".kernel")
-        if kind == "weight" and len(row.paths) == 1 and path in layers:
+        kind = row.name.rpartition(".")[2]
+        path = row.paths[0].removesuffix(".kernel") if row.read else ""
+        if kind == "weight" and len(row.paths) == 1 and path in layers and row.part == (0, 1):
             shape = layers[path].kernel.get_value().shape
-            names[path] = [module.format(n) for n in range(shape[0] if row.per_layer else 1)]
+            names[path] = [name.removesuffix(".weight") for _, name in row.names(shape)]
     return names
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 import re
 import shutil
@@ -27,7 +29,6 @@ from glm_jax.parallel.mesh import make_mesh, sharding
 _CHECKPOINT = re.compile(
     r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
     r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
-HEAD = "score"  # the classification head, which a pre-trained folder does not hold
 
 
 def flat(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -71,7 +72,7 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
     named = head_of(raw, architecture)
     return assemble(architecture, config, head or named, Released(folder), dtype=dtype,
                     param_dtype=param_dtype or dtype, mesh=mesh or make_mesh({"data": 1}),
-                    seed=seed, new_head=(head or named) != named)
+                    seed=seed, named=named)
 
 
 def init_model(architecture: Any, config: Any, head: str, *, dtype: Any = jnp.float32,
@@ -82,8 +83,11 @@ def init_model(architecture: Any, config: Any, head: str, *, dtype: Any = jnp.fl
 
 
 def assemble(architecture: Any, config: Any, head: str, released: Released | None, *, dtype: Any,
-             param_dtype: Any, mesh: Mesh, seed: int, new_head: bool = True) -> Any:
-    """Builds the module abstractly, then fills each parameter from the file or at random."""
+             param_dtype: Any, mesh: Mesh, seed: int, named: str = "") -> Any:
+    """Builds the module abstractly, then fills each parameter from the file or at random.
+
+    `named` is the head of the folder; what another one needs besides begins random.
+    """
     def build() -> Any:
         return architecture.model(config, head, dtype, rngs=nnx.Rngs(seed))
 
@@ -92,7 +96,7 @@ def assemble(architecture: Any, config: Any, head: str, released: Released | Non
     table = architecture.weights(config, head)
     random: set[str] = set(abstract)
     if released is not None:
-        random = check(released, table, abstract, new_head)
+        random = check(released, architecture, config, head, named or head, abstract)
     shardings = {path: sharding(p.get_metadata("axes"), p.get_value().shape, mesh)
                  for path, p in abstract.items()}
     initial: dict[str, jax.Array] = {}
@@ -111,38 +115,42 @@ def assemble(architecture: Any, config: Any, head: str, released: Released | Non
     return model
 
 
-def check(released: Released, table: list[Weight], abstract: dict[str, nnx.Param],
-          new_head: bool) -> set[str]:
+def check(released: Released, architecture: Any, config: Any, head: str, named: str,
+          abstract: dict[str, nnx.Param]) -> set[str]:
     """Holds a folder's tensors to the table; returns the parameters that must begin random.
 
-    Those are at most the classification head's, and only with `new_head`.
+    Those are at most the parameters of `head` that the head which the folder names lacks.
 
     Raises:
       UserError: listing what is missing, unexpected and mis-shaped.
     """
+    tables = {h: architecture.weights(config, h) for h in {head, named, *architecture.classes}}
+    promised = {row.name for row in tables[named]}
+    # What other heads have may lie there; it is not read.
+    expected = {row.name for table in tables.values() for row in table if not row.stacked}
     faults: list[str] = []
-    expected: set[str] = set()
     random: set[str] = set()
-    for row in table:
+    for row in tables[head]:
         shapes = [abstract[path].get_value().shape for path in row.paths]
-        count = shapes[0][0] if row.per_layer else 1
-        for layer in range(count):
-            name = row.name.format(layer)
+        if not row.read:
+            layers = (shapes or [(config.num_hidden_layers,)])[0]
+            expected.update(name for _, name in row.names(layers))
+            continue
+        parts = [row.released(shape) for shape in shapes]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        for _, name in row.names(shapes[0]):
             expected.add(name)
-            parts = [s[1:] if row.per_layer else s for s in shapes]
-            parts = [s[::-1] if row.transpose else s for s in parts]
-            shape = (sum(s[0] for s in parts), *parts[0][1:])
             if name not in released.shapes:
-                if new_head and row.path[:len(HEAD) + 1] == HEAD + ".":
-                    random.update(row.paths)
-                else:
+                if row.name in promised:
                     faults.append(f"missing: {name} {list(shape)}")
+                else:
+                    random.update(row.paths)
             elif released.shapes[name] != shape:
                 faults.append(f"wrong shape: {name} is {list(released.shapes[name])}, "
                               f"the config wants {list(shape)}")
-    ignored = ("lm_head.weight", "score.weight", "score.bias")
+    ignored = architecture.ignored(config)
     faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
-               if name not in expected and name not in ignored]
+               if name not in expected and not re.fullmatch(ignored, name)]
     if faults:
         more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(f"{released.folder}: the weights do not fit config.json:\n  "
@@ -156,33 +164,43 @@ Reader = Callable[[tuple[slice, ...]], np.ndarray]
 def _readers(released: Released, table: list[Weight], abstract: dict[str, nnx.Param]
              ) -> dict[str, Reader]:
     """For each of our parameters, the function that reads any slice of it."""
-    readers: dict[str, Reader] = {}
-    for row in table:
-        start = 0
-        for path in row.paths:
-            shape = abstract[path].get_value().shape
-            rows = shape[-1] if row.transpose else shape[1 if row.per_layer else 0]
-            readers[path] = _reader(released, row, shape, start)
-            start += rows
-    return readers
+    sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
+    for row in filter(lambda row: row.read, table):
+        sizes = [row.released(abstract[path].get_value().shape)[0] for path in row.paths]
+        for which, path in enumerate(row.paths):
+            sources.setdefault(path, []).append((row, which, sizes))
+    return {path: functools.partial(_read, released, sorted(rows, key=lambda r: r[0].part),
+                                    abstract[path].get_value().shape)
+            for path, rows in sources.items()}
 
 
-def _reader(released: Released, row: Weight, shape: tuple[int, ...], start: int) -> Reader:
-    def matrix(name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-        bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
-        if row.transpose:
-            bounds.reverse()
-        bounds[0] = slice(bounds[0].start + start, bounds[0].stop + start)
-        part = released.read(name, tuple(bounds))
-        return part.T if row.transpose else part
+def _read(released: Released, sources: list[tuple[Weight, int, list[int]]],
+          shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of one of our parameters, of this whole shape, from the tensors that make it up."""
+    stacked, transpose = sources[0][0].stacked, sources[0][0].transpose
+    bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+    leading, inner = bounds[:stacked], bounds[stacked:]
+    outputs, *rest = inner[::-1] if transpose else inner
+    names = [dict(row.names(shape)) for row, _, _ in sources]
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not row.per_layer:
-            return matrix(row.name, index, shape)
-        layers = range(*index[0].indices(shape[0]))
-        return np.stack([matrix(row.name.format(n), index[1:], shape[1:]) for n in layers])
+    def one(place: tuple[int, ...]) -> np.ndarray:
+        parts, begins = [], 0
+        for (row, which, sizes), name in zip(sources, names, strict=True):
+            start, stop = (min(max(at - begins, 0), sizes[which])
+                           for at in (outputs.start, outputs.stop))
+            begins += sizes[which]
+            if start < stop:
+                rows, taken = row.rows(which, sizes, start, stop)
+                parts.append(released.read(name[place], (rows, *rest))[taken])
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.T if transpose else joined
 
-    return read
+    if not stacked:
+        return one(())
+    places = itertools.product(*(range(s.start, s.stop) for s in leading))
+    sizes = [s.stop - s.start for s in leading]
+    whole = np.stack([one(place) for place in places])
+    return whole.reshape(*sizes, *whole.shape[1:])
 
 
 def _sharded(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Reader, dtype: Any
@@ -204,11 +222,14 @@ def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     architecture = architecture_of(model.config.to_dict())
     parameters = flat(model)
     for row in architecture.weights(model.config, model.head):
-        stacked = [parameters[path].get_value() for path in row.paths]
-        for layer in range(stacked[0].shape[0] if row.per_layer else 1):
-            parts = [np.asarray(p[layer] if row.per_layer else p) for p in stacked]
-            joined = np.concatenate([p.T if row.transpose else p for p in parts])
-            yield row.name.format(layer), joined if dtype is None else joined.astype(dtype)
+        arrays = [parameters[path].get_value() for path in row.paths]
+        shape = arrays[0].shape if arrays else (model.config.num_hidden_layers,)
+        for place, name in row.names(shape):
+            if row.constant is not None:
+                yield name, row.constant
+                continue
+            joined = row.join([np.asarray(array[place] if place else array) for array in arrays])
+            yield name, joined if dtype is None else joined.astype(dtype)
 
 
 def save_model(model: Any, folder: str | Path, *, dtype: Any = None,

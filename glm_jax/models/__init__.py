@@ -18,6 +18,7 @@ class Architecture(NamedTuple):
       config, model: its config class and its module, `model(config, head, dtype, rngs=…)`.
       weights: its weight table, for a config and a head.
       classes: the class that Hugging Face calls each head by; none when it has no such model.
+      ignored: for a config, an expression for names that a checkpoint may hold besides.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Architecture(NamedTuple):
     model: Callable[..., Any]
     weights: Callable[[Any, str], list[Weight]]
     classes: Mapping[str, str]
+    ignored: Callable[[Any], str] = lambda config: ""
 
 
 REGISTRY = (

@@ -4,33 +4,101 @@ One table serves import, export and the check of what is missing; nothing else i
 knows a foreign name.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Weight(NamedTuple):
-    """One tensor of a released checkpoint, or one of each layer.
+    """One tensor of a released checkpoint, or one of each layer, or of each expert of each layer.
 
     Attributes:
-      name: the released name; `{}` stands for the layer's number.
+      name: the released name; `{}` stands for the layer's number, a second one for the expert's.
+        Our parameter has a leading axis for each.
       path: our dotted parameter path; several when the released tensor joins them along its
         output rows, in this order.
       transpose: the released matrix is `[out, in]`, ours `[in, out]`.
+      part: (i, n): the released tensor is only the i-th of n equal parts of our outputs.
+      heads: when not 0, joined head by head: the rows of a head from each path in turn.
+      first: the number of the first layer of this stack.
+      copy: holds what another row reads already (a tied head): written, but never read.
+      constant: what the tensor always is (a buffer): written, but never read; then no path.
     """
 
     name: str
     path: str | tuple[str, ...]
     transpose: bool = False
+    part: tuple[int, int] = (0, 1)
+    heads: int = 0
+    first: int = 0
+    copy: bool = False
+    constant: np.ndarray | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
-    def per_layer(self) -> bool:
-        return "{}" in self.name
+    def stacked(self) -> int:
+        """How many leading axes of our parameter are layers and experts."""
+        return self.name.count("{}")
+
+    @property
+    def read(self) -> bool:
+        """Whether an import takes anything from it."""
+        return not self.copy and self.constant is None
+
+    def names(self, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """The place in the stack and the released name of each tensor, for our whole shape."""
+        for place in itertools.product(*map(range, shape[:self.stacked])):
+            numbers = (place[0] + self.first, *place[1:]) if place else ()
+            yield place, self.name.format(*numbers)
+
+    def released(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one released tensor, were it made of this path alone (ours is `shape`)."""
+        one = tuple(shape[self.stacked:])
+        one = one[::-1] if self.transpose else one
+        return (one[0] // self.part[1], *one[1:])
+
+    def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
+        """The released tensor from our parameters, each without its leading axes."""
+        parts = [p.T if self.transpose else p for p in parameters]
+        number, of = self.part
+        parts = [p[number * (len(p) // of):(number + 1) * (len(p) // of)] for p in parts]
+        if not self.heads:
+            return np.concatenate(parts)
+        by_head = [p.reshape(self.heads, -1, *p.shape[1:]) for p in parts]
+        return np.concatenate(by_head, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    def rows(self, which: int, sizes: Sequence[int], start: int, stop: int
+             ) -> tuple[slice, np.ndarray | slice]:
+        """Where the outputs `start` to `stop` of the path number `which` lie in the tensor.
+
+        Args:
+          sizes: the output rows that each path has in the tensor.
+
+        Returns:
+          the released rows to read, and which of these to take.
+        """
+        before = sum(sizes[:which])
+        if not self.heads:
+            return slice(before + start, before + stop), slice(None)
+        own, all_rows = sizes[which] // self.heads, sum(sizes) // self.heads
+        outputs = np.arange(start, stop)
+        at = outputs // own * all_rows + before // self.heads + outputs % own
+        low, high = int(at.min(initial=0)), int(at.max(initial=-1)) + 1
+        return slice(low, high), at - low
 
 
 def linear(name: str, path: str, bias: bool = False) -> list[Weight]:
     """The table rows of one torch `Linear`."""
     rows = [Weight(f"{name}.weight", f"{path}.kernel", transpose=True)]
+    return rows + [Weight(f"{name}.bias", f"{path}.bias")] if bias else rows
+
+
+def norm(name: str, path: str, bias: bool = False) -> list[Weight]:
+    """The table rows of one torch norm layer."""
+    rows = [Weight(f"{name}.weight", f"{path}.scale")]
     return rows + [Weight(f"{name}.bias", f"{path}.bias")] if bias else rows
