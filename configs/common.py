@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
             "learning_rate": 1e-3, "schedule": "linear", "final": 0.0,
             "warmup": 0.1,  # steps, or below 1 a fraction of them
             "weight_decay": 0.01, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip_norm": 1.0,
+            "ema": 0.0,  # decay of the running average of the parameters that is judged; 0: none
         },
         "eval": {
             "every": 100,  # steps; at the end too

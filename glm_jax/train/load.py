@@ -21,7 +21,7 @@ from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
 from glm_jax.train.evaluation import predictor
 from glm_jax.train.optimizer import make_optimizer, make_schedule
-from glm_jax.train.step import by_path, init_state
+from glm_jax.train.step import by_path, init_state, judged
 
 LENGTH = 512  # tokens of a text at most, where neither a run nor the tokenizer says less
 
@@ -145,7 +145,7 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["bes
     tokenizer = load_tokenizer(tokens)
     parts = setup.make_parts(config, "sequence" if labels else "lm", labels, mesh, tokenizer)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2**31))
-    state = init_state(by_path(parts.trainable), optimizer, mesh)
+    state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         if step is None and checkpoints.best_step() is not None:
@@ -155,7 +155,7 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["bes
         checkpoints.close()
     if restored is None:
         raise UserError(f"{folder}: no checkpoint yet")
-    model = parts.model(restored[1]["state"]["trainable"])
+    model = parts.model(judged(restored[1]["state"]))
     return Trained(model, tokenizer, labels, config, parts.lora_config, config.model.path,
                    was["data sha256"])
 

@@ -25,7 +25,7 @@ from glm_jax.train.evaluation import Predictor
 from glm_jax.train.export import export
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.report import write_report
-from glm_jax.train.step import by_path, init_state, make_step
+from glm_jax.train.step import by_path, init_state, judged, make_step
 from glm_jax.train.trackers import Tracker, open_tracker
 
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -83,10 +83,12 @@ class Loop:
         self.steps = config.steps or max(1, round(config.epochs * batches.epoch_steps(0)))
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.state = init_state(by_path(parts.trainable), optimizer, run.mesh)
+        self.state = init_state(by_path(parts.trainable), optimizer, run.mesh,
+                                config.optimizer.ema)
         self.step_function = make_step(parts.graphdef, parts.trainable, task.loss, optimizer,
                                        self.state, seed=config.seed,
-                                       accumulate=config.batch.accumulate)
+                                       accumulate=config.batch.accumulate,
+                                       ema=config.optimizer.ema)
         self.predictor = Predictor(parts.graphdef, parts.trainable, parts.frozen, task.predict,
                                    run.mesh)
         self.data = stream(batches)
@@ -162,7 +164,7 @@ class Loop:
         return better
 
     def evaluate(self, split: str) -> Evaluation:
-        return self.task.evaluate(self.predictor.on(self.state["trainable"]), split)
+        return self.task.evaluate(self.predictor.on(judged(self.state)), split)
 
     def finish(self, step: int) -> Finished:
         """Restores the best step, measures it on the final split, exports it and reports."""
@@ -185,7 +187,7 @@ class Loop:
             "seconds_to_first_step": first,
             "parameters": {"trainable": trained,
                            "total": trained + setup.count(self.parts.frozen)}}
-        exported = export(self.config, self.parts.model(self.state["trainable"]),
+        exported = export(self.config, self.parts.model(judged(self.state)),
                           self.parts.lora_config, self.tokenizer, self.workdir)
         result["exported"] = exported
         write_json_atomic(path, result)

@@ -27,15 +27,24 @@ def bind(template: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
 
 
 def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation,
-               mesh: Mesh) -> State:
-    """Trainable parameters (float32 or the config's), optimizer state and counters, on the mesh."""
+               mesh: Mesh, ema: float = 0.0) -> State:
+    """Trainable parameters (float32 or the config's), optimizer state and counters, on the mesh.
+
+    With `ema`, also the parameters' running average, which begins where they do.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
     # Called eagerly, so that the moments inherit the parameters' shardings.
     opt = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else
                        jax.device_put(x, whole), optimizer.init(trainable))
     counters = {name: jax.device_put(jnp.int32(0), whole)
                 for name in ("step", "skipped", "skipped_in_a_row")}
-    return {"trainable": trainable, "optimizer": opt, **counters}
+    average = {"average": jax.tree.map(jnp.copy, trainable)} if ema else {}
+    return {"trainable": trainable, "optimizer": opt, **average, **counters}
+
+
+def judged(state: State) -> dict[str, jax.Array]:
+    """The parameters that are evaluated and exported: the average where one is kept."""
+    return state.get("average", state["trainable"])
 
 
 def batch_weight(batch: Batch) -> jax.Array:
@@ -46,7 +55,7 @@ def batch_weight(batch: Batch) -> jax.Array:
 
 def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
               optimizer: optax.GradientTransformation, state: State, *, seed: int,
-              accumulate: int = 1) -> Callable[[State, nnx.State, Batch], tuple[State, Any]]:
+              accumulate: int = 1, ema: float = 0.0) -> Callable[[State, nnx.State, Batch], tuple[State, Any]]:
     """Builds `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
     Only the trainable parameters are differentiated. With `accumulate` the rows of a batch are
@@ -58,6 +67,8 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
       loss: (model, batch, dropout key) -> the sum of weighted losses.
       state: of `init_state`; its shardings are those of the result.
       seed: of the dropout keys; the key of a step follows from it and the step's number.
+      ema: how much of the average a step leaves (Polyak and Juditsky 1992); less in the first
+        steps, so that it soon forgets where it began. 0: no average.
     """
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     del trainable
@@ -87,6 +98,9 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
         updates, opt = optimizer.update(grads, state["optimizer"], arrays)
         fine = jnp.isfinite(value) & jnp.isfinite(norm)
         new = {"trainable": optax.apply_updates(arrays, updates), "optimizer": opt}
+        if ema:
+            left = jnp.minimum(ema, (1 + state["step"]) / (10 + state["step"]))
+            new["average"] = optax.incremental_update(new["trainable"], state["average"], 1 - left)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
         bad = (~fine).astype(jnp.int32)

@@ -1,5 +1,6 @@
 """One training step: the same on every mesh, only what trains is touched, bad steps are skipped."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from glm_jax.adapters import lora, partition
 from glm_jax.data.packing import Piece, Shape, assemble
 from glm_jax.nn.loss import classification_loss
 from glm_jax.parallel.mesh import make_mesh, put, sharding
-from glm_jax.train.step import batch_weight, bind, by_path, init_state, make_step
+from glm_jax.train.step import batch_weight, bind, by_path, init_state, judged, make_step
 
 ONE = {"data": 1}
 SHAPE = Shape(rows=8, length=16, examples=3)
@@ -56,7 +57,7 @@ class Trainer(NamedTuple):
 @pytest.fixture(scope="module")
 def trainer(tiny):
     def make(sizes=ONE, patterns=("adapter", "score"), dropout=0.0, accumulate=1,
-             optimizer=None):
+             optimizer=None, ema=0.0):
         mesh = make_mesh(sizes)
         graphdef, arrays = nnx.split(tiny("sequence", mesh))
         model = nnx.merge(graphdef, jax.tree.map(jnp.copy, arrays))  # a step donates its state
@@ -66,8 +67,9 @@ def trainer(tiny):
             lora.attach(model, config, mesh=mesh)
         parts = partition(model, patterns)
         optimizer = optimizer or optax.adamw(1e-2)
-        state = init_state(by_path(parts[1]), optimizer, mesh)
-        step = make_step(parts[0], parts[1], loss, optimizer, state, seed=5, accumulate=accumulate)
+        state = init_state(by_path(parts[1]), optimizer, mesh, ema)
+        step = make_step(parts[0], parts[1], loss, optimizer, state, seed=5, accumulate=accumulate,
+                         ema=ema)
         return Trainer(mesh, state, parts[2], step, parts)
     return make
 
@@ -117,6 +119,30 @@ def test_everything_lies_where_the_rules_say(trainer):
     a = state["trainable"]["layers.self_attn.q_proj.adapter.lora_a"]
     assert a.addressable_shards[0].data.shape == (2, 8, 4)
     assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(state))
+
+
+def test_the_average_follows_the_parameters_and_is_what_is_judged(trainer):
+    ours = trainer(ema=0.2)
+    assert judged(ours.state) is ours.state["average"]
+    wanted, state = host(ours.state["trainable"]), ours.state
+    for number, batch in enumerate(batches(3)):
+        bad = number == 2  # a loss that is not finite moves nothing
+        if bad:
+            batch = dataclasses.replace(batch, label_weights=batch.label_weights * np.nan)
+        with jax.set_mesh(ours.mesh):
+            state, _ = ours.step(state, ours.frozen, put(batch, ours.mesh))
+        left = min(0.2, (1 + number) / (10 + number))
+        new = host(state["trainable"])
+        if not bad:
+            wanted = {path: left * old + (1 - left) * new[path] for path, old in wanted.items()}
+    assert_close(host(state["average"]), wanted, atol=1e-6)
+    assert any(np.abs(host(state["trainable"])[path] - old).max() > 1e-4
+               for path, old in wanted.items())
+
+
+def test_without_an_average_the_parameters_are_judged(trainer):
+    ours = trainer()
+    assert "average" not in ours.state and judged(ours.state) is ours.state["trainable"]
 
 
 def test_frozen_parameters_have_no_state_and_do_not_change(trainer):
