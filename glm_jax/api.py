@@ -26,6 +26,17 @@ from glm_jax.parallel.mesh import make_mesh, use_mesh_of
 __all__ = ["forward", "from_pretrained", "generate", "load_tokenizer", "save_pretrained"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+HEADS = ("lm", "sequence", "token")
+
+
+def _want(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    """Raises a UserError unless an argument is of one of these kinds; a bool is no number."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{name} must be {wanted}, not {repr(value)[:60]}")
+
+
+def _want_model(model: Any) -> None:
+    _want("model", model, nnx.Module, "what from_pretrained gives")
 
 
 def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
@@ -43,8 +54,14 @@ def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
       UserError: for a folder that is missing, damaged or of a family not supported, another
         dtype, an unknown argument, or more devices than there are.
     """
+    _want("folder", folder, str | Path, "a path")
+    _want("mesh", mesh, Mesh | Mapping | None, "a mesh or its sizes by axis")
     where = mesh if isinstance(mesh, Mesh | None) else make_mesh(mesh)
+    if overrides.get("head", "lm") not in HEADS:
+        raise UserError(f"head must be one of {', '.join(HEADS)}, not {overrides['head']!r}")
+    _want("seed", overrides.get("seed", 0), int, "a whole number")
     if adapter is not None:
+        _want("adapter", adapter, str | Path, "a path")
         about = inspect_adapter(adapter)
         overrides = {"head": about.head, **overrides}
         if about.id2label:
@@ -80,6 +97,7 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
     Raises:
       UserError: for rows without tokens, or ids outside the vocabulary.
     """
+    _want_model(model)
     rows, mask = check_tokens(model.config, tokens, attention_mask)
     graphdef, state = nnx.split(model)
     with use_mesh_of(state):
@@ -123,6 +141,11 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
     known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     if unknown := [name for name in how if name not in known]:
         raise UserError(f"generate: unknown setting {unknown[0]!r}; there are {', '.join(known)}")
+    _want_model(model)
+    _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
+    _want("max_new_tokens", max_new_tokens, int, "a whole number")
+    _want("seed", seed, int, "a whole number")
+    _want("prompt", prompt, str | Sequence | Array, "a text, several, or token ids")
     texts: Any = [prompt] if isinstance(prompt, str) else prompt
     is_text = (not isinstance(texts, Array) and len(texts) > 0
                and all(isinstance(text, str) for text in texts))
@@ -133,9 +156,15 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
                             "tokenizer=glm_jax.load_tokenizer(folder))")
         tokens, attention_mask = _left_padded(tokenizer.encode_batch(texts))
     elif not isinstance(prompt, Array) and attention_mask is None:
+        for row in texts:
+            _want("each row of prompt", row, Sequence | Array, "a list of token ids")
+            for number in row:
+                _want("a token id", number, int | np.integer, "a whole number")
         tokens, attention_mask = _left_padded(texts)
     ids = model.config.extra.get("eos_token_id") if eos_token_id is None else eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
+    for number in ids:
+        _want("eos_token_id", number, int | np.integer, "a token id, or several")
     out: Generation = generate_tokens(
         model, tokens, attention_mask, max_new_tokens=max_new_tokens, how=sampling(**how),
         stop_ids=ids, pad_id=model.config.pad_token_id or 0, seed=seed)
@@ -167,6 +196,9 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None 
     Raises:
       UserError: when the folder can't be written, or holds something else.
     """
+    _want_model(model)
+    _want("folder", folder, str | Path, "a path")
+    _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
     if any(hasattr(layer, "adapter") for layer in linears(model).values()):
         model = merged(model)
     save_model(model, folder, files=tokenizer.files if tokenizer is not None else None)

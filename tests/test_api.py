@@ -156,6 +156,20 @@ def test_an_adapter_is_put_on_top_and_merged_on_saving(tiny, tmp_path):
     (lambda f, m: glm_jax.generate(m, []), "empty"),
     (lambda f, m: glm_jax.forward(m, [[1], [1, 2]]), "whole numbers of shape"),
     (lambda f, m: glm_jax.save_pretrained(m, f.parent), "more than a checkpoint"),
+    (lambda f, m: glm_jax.from_pretrained(3), "folder must be a path, not 3"),
+    (lambda f, m: glm_jax.from_pretrained(f, mesh="fsdp"), "mesh must be a mesh or its sizes"),
+    (lambda f, m: glm_jax.from_pretrained(f, mesh={"fsdp": "2"}), "fsdp must be a whole number"),
+    (lambda f, m: glm_jax.from_pretrained(f, head="both"), "head must be one of lm, sequence"),
+    (lambda f, m: glm_jax.from_pretrained(f, seed="x"), "seed must be a whole number, not 'x'"),
+    (lambda f, m: glm_jax.forward(f, TOKENS), "model must be what from_pretrained gives"),
+    (lambda f, m: glm_jax.forward(m, TOKENS, [[1], [1, 2]]), "attention_mask has shape"),
+    (lambda f, m: glm_jax.generate(m, None), "prompt must be a text, several, or token ids"),
+    (lambda f, m: glm_jax.generate(m, [1, 2]), "each row of prompt must be a list"),
+    (lambda f, m: glm_jax.generate(m, [["a"]]), "a token id must be a whole number, not 'a'"),
+    (lambda f, m: glm_jax.generate(m, TOKENS, max_new_tokens=2.5), "max_new_tokens must be"),
+    (lambda f, m: glm_jax.generate(m, TOKENS, eos_token_id=["x"]), "eos_token_id must be"),
+    (lambda f, m: glm_jax.generate(m, "a", tokenizer="b"), "tokenizer must be what load_tok"),
+    (lambda f, m: glm_jax.save_pretrained(m, f / "copy", tokenizer=f), "tokenizer must be what"),
 ])
 def test_mistakes_are_one_clear_message(folder, model, call, message):
     with pytest.raises(glm_jax.UserError, match=message) as error:

@@ -98,7 +98,11 @@ def check_tokens(config: Any, tokens: Array, attention_mask: Array | None
     if given.ndim != 2 or given.dtype.kind not in "iu":
         raise UserError("tokens must be whole numbers of shape [batch, length], not "
                         f"{given.dtype} of shape {list(given.shape)}")
-    mask = np.ones(given.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
+    try:
+        mask = np.ones(given.shape, np.int32) if attention_mask is None else \
+            np.asarray(attention_mask)
+    except ValueError:
+        mask = np.empty(0)
     if mask.shape != given.shape:
         raise UserError(f"attention_mask has shape {list(mask.shape)}, "
                         f"tokens have {list(given.shape)}")

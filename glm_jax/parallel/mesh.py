@@ -47,7 +47,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     unknown = [name for name in sizes if name not in AXES]
     if unknown:
         raise UserError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
-    shape = [int(sizes.get(name, 1)) for name in AXES]
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise UserError(f"mesh: {name} must be a whole number of devices, not {size!r}")
+    shape = [sizes.get(name, 1) for name in AXES]
     devices = jax.devices()
     asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True) if size != 1)
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):

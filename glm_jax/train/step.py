@@ -44,7 +44,8 @@ def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransfo
 
 def judged(state: State) -> dict[str, jax.Array]:
     """The parameters that are evaluated and exported: the average where one is kept."""
-    return state.get("average", state["trainable"])
+    arrays: Any = state.get("average", state["trainable"])
+    return arrays
 
 
 def batch_weight(batch: Batch) -> jax.Array:
@@ -55,7 +56,8 @@ def batch_weight(batch: Batch) -> jax.Array:
 
 def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
               optimizer: optax.GradientTransformation, state: State, *, seed: int,
-              accumulate: int = 1, ema: float = 0.0) -> Callable[[State, nnx.State, Batch], tuple[State, Any]]:
+              accumulate: int = 1, ema: float = 0.0
+              ) -> Callable[[State, nnx.State, Batch], tuple[State, Any]]:
     """Builds `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
     Only the trainable parameters are differentiated. With `accumulate` the rows of a batch are
