@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "text": "text", "label": "label",  # the columns
         "class_weights": (),  # one number a class, or "balanced"
         "word_dropout": 0.2,  # the share of a text's tokens that training hides behind [MASK]
+        "label_smoothing": 0.1,  # the share of each target that goes to all classes alike
     })
     config.epochs = 5.0
     config.batch.update(rows=8, length=256, examples=48)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from glm_jax.nn.matmul import matmul, over_outputs, over_tokens
 
@@ -88,13 +89,16 @@ def _backward(saved: Any, g: Any) -> tuple[Any, ...]:
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def classification_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def classification_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array,
+                        smoothing: float = 0.0) -> jax.Array:
     """Sum of weight * -log softmax(logits)[label].
 
     Args:
       logits: `[batch, examples, labels]` float32.
       labels: `[batch, examples]` int32.
       weights: `[batch, examples]` float32; 0 where there is no example.
+      smoothing: the share of each target that goes to all labels alike (Szegedy et al. 2016).
     """
-    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    own = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype),
+                              smoothing)
     return -jnp.sum(weights * jnp.sum(own * jax.nn.log_softmax(logits), axis=-1))

@@ -104,9 +104,9 @@ class Classification(NamedTuple):
             raise UserError(f"task.train={config.train}: its {len(examples['train'])} training "
                             f"rows have {len(labels)} different labels; is {config.label!r} the "
                             "label column? Name it with --config.task.label=NAME")
-        if not 0 <= config.word_dropout < 1:
-            raise UserError(f"task.word_dropout={config.word_dropout}: a share from 0 to below 1 "
-                            "is wanted")
+        for name in ("word_dropout", "label_smoothing"):
+            if not 0 <= config[name] < 1:
+                raise UserError(f"task.{name}={config[name]}: a share from 0 to below 1 is wanted")
         for split, rows in examples.items():
             check_labels(rows, labels, split)
         return cls(config, tokenizer, shape, examples, labels,
@@ -141,7 +141,7 @@ class Classification(NamedTuple):
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Sum over examples of weight * cross-entropy, at each example's last token."""
         return classification_loss(model.classify(batch, key), jnp.asarray(batch.labels),
-                                   jnp.asarray(batch.label_weights))
+                                   jnp.asarray(batch.label_weights), self.config.label_smoothing)
 
     def predict(self, model: Any, batch: Batch) -> jax.Array:
         """Class probabilities `[batch, examples, labels]`."""

@@ -70,3 +70,14 @@ def test_classification_loss_leaves_out_what_has_no_weight():
     logp = np.asarray(jax.nn.log_softmax(logits))
     wanted = -(logp[0, 0, 0] + 2 * logp[0, 2, 2] + 0.5 * logp[1, 0, 3])
     np.testing.assert_allclose(classification_loss(logits, labels, weights), wanted, rtol=1e-5)
+
+
+def test_classification_loss_smooths_labels_as_torch_does():
+    import torch
+    logits = np.array(jax.random.normal(jax.random.key(0), (2, 3, 4)))
+    labels = np.array([[0, 1, 2], [3, 0, 0]])
+    wanted = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).reshape(6, 4), torch.tensor(labels).reshape(6), reduction="sum",
+        label_smoothing=0.3)
+    ours = classification_loss(jnp.asarray(logits), jnp.asarray(labels), jnp.ones((2, 3)), 0.3)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)

@@ -27,7 +27,8 @@ def load(base, tmp_path):
             path.write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows))
             names[name] = str(path)
         config = ConfigDict({"train": "", "dev": "", "test": "", "text": "text", "label": "label",
-                             "class_weights": (), "word_dropout": 0.0} | names | fields)
+                             "class_weights": (), "word_dropout": 0.0, "label_smoothing": 0.0}
+                            | names | fields)
         return Classification.load(config, load_tokenizer(base), SHAPE)
     return make
 
@@ -77,6 +78,8 @@ def test_word_dropout_hides_some_tokens_of_the_training_texts(load):
     assert 0.25 < np.mean(shares) < 0.35 and len(set(shares)) > 5
     with pytest.raises(UserError, match=r"task.word_dropout=1.5: a share from 0 to below 1"):
         load(rows, rows, rows, word_dropout=1.5)
+    with pytest.raises(UserError, match=r"task.label_smoothing=1: a share from 0 to below 1"):
+        load(rows, rows, rows, label_smoothing=1)
 
 
 @pytest.mark.parametrize("weights", [(1, 2), (1, 2, -1), (1, 2, 0), ("balance",), ("a", "b", "c"),
