@@ -100,7 +100,7 @@ def read_ranks(content: bytes, config: Mapping[str, Any], where: str) -> Bpe:
         raise UserError(f"{where}: tokenizer.model has {len(ranks)} ranks, but the special tokens "
                         f"of tokenizer_config.json begin at {min(added)} ({added[min(added)]}): "
                         "the two files don't belong together")
-    letters = _byte_letters()
+    letters = byte_letters()
     spelt = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -127,7 +127,7 @@ def read_ranks(content: bytes, config: Mapping[str, Any], where: str) -> Bpe:
     return Bpe(inner)
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's letter for each byte: printable ones stand for themselves."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))

@@ -111,6 +111,8 @@ class Tokenizer:
             self.config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
         except ValueError as error:
             raise UserError(f"{where}: tokenizer_config.json is not JSON: {error}") from None
+        if not isinstance(self.config, dict):
+            raise UserError(f"{where}: tokenizer_config.json must be a table")
         self.version, self._backend = _read(files, self.config, where)
         self.special: Mapping[str, int] = self._backend.special
 
@@ -132,8 +134,9 @@ class Tokenizer:
         """
         token = self.config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        token = token or _DEFAULTS.get(self.version, {}).get(name)
-        return self.token_id(token) if token else self.special.get(name)
+        if token:
+            return self.token_id(token)
+        return self.special.get(_DEFAULTS[self.version].get(name, name))
 
     @property
     def eos_id(self) -> int:
@@ -194,6 +197,7 @@ class Tokenizer:
 _DEFAULTS = {version: {"eos_token": layout.eos, "pad_token": layout.pad}
              for version, layout in LAYOUTS.items()}
 _DEFAULTS["glm4"] = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+_DEFAULTS["json"] = {"eos_token": "[SEP]", "pad_token": "[PAD]"}  # BERT's, whose files name none
 
 
 def _read(files: Mapping[str, bytes], config: Mapping[str, Any], where: str
@@ -264,8 +268,9 @@ def check_belongs(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     for field, token in _IDS.items():
         theirs = config.get(field)
         ours = tokenizer.named_id(token)
-        if theirs is None or ours is None:
-            continue
-        if ours not in (theirs if isinstance(theirs, list | tuple) else [theirs]):
+        several = theirs if isinstance(theirs, list | tuple) else [theirs]
+        # An id outside the vocabulary is a default of the config's class, not the file's.
+        several = [i for i in several if i is not None and i < config["vocab_size"]]
+        if ours is not None and several and ours not in several:
             raise UserError(f"{field}: {ours} in the tokenizer ({tokenizer.where}), {theirs} in "
                             "the model's config.json; is it the tokenizer of these weights?")
