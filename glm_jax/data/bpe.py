@@ -30,6 +30,7 @@ class Bpe:
         inner.no_padding()
         inner.no_truncation()
         self.inner = inner
+        self._parser: tokenizers.Tokenizer | None = None
         self.special = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
                         if token.special}
 
@@ -48,11 +49,9 @@ class Bpe:
         return self.inner.encode(text, pair).ids
 
     def encode_special(self, text: str, framed: bool) -> list[int]:
-        self.inner.encode_special_tokens = False
-        try:
-            return self.inner.encode(text, add_special_tokens=framed).ids
-        finally:
-            self.inner.encode_special_tokens = True
+        if self._parser is None:  # a copy: another thread may be encoding what nobody trusts
+            self._parser = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        return self._parser.encode(text, add_special_tokens=framed).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=skip_special)

@@ -7,7 +7,7 @@ tool that an assistant calls), `tools` (of a system message), `tool_calls`, `rea
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message],
                           found[0][0] + guard + found[0][1:], value)
         if isinstance(value, Mapping):
             own = _THOUGHT if value.get("role") == "assistant" else own
-            return {key: guarded(item, own) for key, item in value.items()}
+            return {guarded(key, own): guarded(item, own) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [guarded(item, own) for item in value]
         return value
@@ -177,11 +177,9 @@ def _check(messages: Sequence[Message], tools: Any, rules: Rules, prompt: bool
     """The messages, content never missing; UserError by number and field."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise UserError("messages: a list of at least one message is wanted")
-    if tools is not None and not (isinstance(tools, list | tuple)
-                                  and all(isinstance(tool, Mapping) for tool in tools)):
-        raise UserError("tools: a list of JSON tables is wanted")
+    _check_tools(tools, "tools")
     if tools and not rules.tools:
-        raise UserError("tools: this version's chat template takes none")
+        raise UserError("tools: this version's chat template takes none (template=… names another)")
     checked = []
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
@@ -206,6 +204,7 @@ def _check(messages: Sequence[Message], tools: Any, rules: Rules, prompt: bool
                 raise UserError(f"{where}, {field}: this version's chat template takes none")
         if message.get("tools") and role != "system":
             raise UserError(f"{where}, tools: they belong to the system's message")
+        _check_tools(message.get("tools"), f"{where}, tools")
         for call in calls or []:
             call = call.get("function", call) if isinstance(call, Mapping) else {}
             if not isinstance(call.get("arguments"), Mapping) or "name" not in call:
@@ -216,6 +215,12 @@ def _check(messages: Sequence[Message], tools: Any, rules: Rules, prompt: bool
         raise UserError(f"message {len(checked)}, role: to train, the last message is the "
                         "assistant's; to generate (add_generation_prompt), the user's")
     return checked
+
+
+def _check_tools(tools: Any, where: str) -> None:
+    if tools is not None and not (isinstance(tools, list | tuple)
+                                  and all(isinstance(tool, Mapping) for tool in tools)):
+        raise UserError(f"{where}: a list of JSON tables is wanted")
 
 
 def _dump(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
@@ -234,8 +239,7 @@ def _compiled(source: str) -> jinja2.Template:
     # As transformers sets it up: templates of model folders are written for that.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    tojson: Callable[..., str] = _dump
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = _dump
     environment.globals["raise_exception"] = _fail
     try:
         return environment.from_string(source)

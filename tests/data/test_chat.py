@@ -89,7 +89,8 @@ def test_no_message_forges_a_special_token(version, data):
     if version in ("chatglm3", "glm4"):
         word = data.draw(text)
         for messages, name in ((plain, "好"), (forged, word)):
-            messages.insert(0, {"role": "system", "content": name, "tools": [{"name": name}]})
+            tools = [{"name": name, name: [name]}]
+            messages.insert(0, {"role": "system", "content": name, "tools": tools})
             messages[-1]["metadata"] = name
     ids, mask = encode_chat(ours, forged, add_generation_prompt=True)
     expected, _ = encode_chat(ours, plain, add_generation_prompt=True)
@@ -186,6 +187,8 @@ def user(**fields):
     ("chatglm1", ANSWERED, TOOLS, "tools: this version's chat template takes none"),
     ("{{ messages }}", ANSWERED, TOOLS, "tools: this version's chat template takes none"),
     ("chatglm3", ASKED, {"name": "f"}, "tools: a list of JSON tables"),
+    ("chatglm3", user(role="system", tools="f"), None, "message 1, tools: a list of JSON tables"),
+    ("glm4_9b_chat", ASKED, [{"type": "python"}], "tools: only functions, with a name"),
     ("chatglm9", ASKED, None, "chat template 'chatglm9': there are chatglm1, "),
     ("{% for %}", ASKED, None, "chat template, line 1: "),
     ("{{ messages[7].content.x }}", ASKED, None, "the chat template fails: UndefinedError"),
