@@ -26,11 +26,14 @@ from glm_jax.adapters.lora import merge
 from glm_jax.adapters.peft import load_adapter
 from glm_jax.adapters.targets import linears, torch_names
 from glm_jax.convert.hf import load_model, tensors
+from glm_jax.data.bpe import GLM4_WORDS
+from glm_jax.data.chat import encode_chat, render
+from glm_jax.data.packing import left_padded
 from glm_jax.errors import UserError
 from glm_jax.infer.cache import empty_cache
 from glm_jax.infer.generate import generate, prefill, step
 from glm_jax.models import architecture_of, head_of
-from glm_jax.nn.batch import Batch, causal_batch
+from glm_jax.nn.batch import Batch, causal_batch, visible
 from glm_jax.nn.layers import scan
 from glm_jax.nn.loss import classification_loss, cross_entropy
 
@@ -59,6 +62,8 @@ def test_folder(folder: Path):
     check = kind(folder)
     if isinstance(check, str):
         pytest.skip(f"{folder.name}: {check}")
+    if isinstance(check, JsonCheck):
+        return check.run(folder)
     inputs, outputs = Arrays(folder / "inputs.npz"), Arrays(folder / "outputs.npz")
     others = {p.name for p in folder.rglob("*.np*")} - {"inputs.npz", "outputs.npz"}
     assert not others, f"no check knows {others}"
@@ -70,7 +75,17 @@ def test_folder(folder: Path):
 Check = Callable[[Path, "Arrays", "Arrays"], None]
 
 
-def kind(folder: Path) -> Check | str:
+@dataclasses.dataclass
+class JsonCheck:
+    """A check of what expected.json holds: it gets the folder and the contents."""
+
+    run_on: Callable[[Path, Any], None]
+
+    def run(self, folder: Path) -> None:
+        self.run_on(folder, read_config(folder, "expected.json"))
+
+
+def kind(folder: Path) -> "Check | JsonCheck | str":
     """How a folder is checked, or why it can't be yet: by what it holds, not by its name."""
     holds = {p.name for p in folder.iterdir()}
     if "adapter" in holds:
@@ -83,9 +98,9 @@ def kind(folder: Path) -> Check | str:
     if "config.json" in holds:
         return unsupported_family(folder) or check_model
     if holds & {"tokenizer.model", "ice_text.model"}:
-        return "tokenizer not supported yet: a sentencepiece or tiktoken file without config.json"
+        return JsonCheck(check_tokenizer)
     if "expected.json" in holds:
-        return "chat templates are not supported yet"
+        return JsonCheck(check_chat)
     return f"kind not supported yet: it holds {sorted(holds)}"
 
 
@@ -358,3 +373,98 @@ def check_adapter(folder: Path, inputs: Arrays, outputs: Arrays) -> None:
     ours = released_tensors(model)
     for name, found in outputs.matching(r"merged::(.+)"):
         same(ours[found[1]], outputs[name], name)
+
+
+# --- tokenizers and chat --------------------------------------------------------------------
+
+def read_case(case: dict[str, Any], known: str, optional: str = "") -> list[Any]:
+    """The fields of a case in the order of `known`; one that no check knows is a failure."""
+    names = known.split()
+    extra = case.keys() - {*names, *optional.split()}
+    assert not extra, f"no check asked for {sorted(extra)}"
+    return [case[name] for name in names] + [case.get(name) for name in optional.split()]
+
+
+def check_tokenizer(folder: Path, expected: dict[str, Any]) -> None:
+    tokenizer = glm_jax.load_tokenizer(folder)
+    special, size, texts, batch, pattern, chats, prompt = read_case(
+        expected, "special_ids vocab_size encode", "batch pattern chat chat_prompt")
+    assert texts and (chats or prompt), "nothing to check"
+    assert tokenizer.vocab_size == size
+    assert {name: tokenizer.token_id(name) for name in special} == special
+    if pattern is not None:
+        assert pattern == GLM4_WORDS
+    for case in texts:
+        check_text(tokenizer, case, special)
+    if batch is not None:
+        check_batch(tokenizer, batch)
+    for case in chats or []:
+        query, history, role, ids, text = read_case(case, "query history role input_ids decoded")
+        messages = history + [{"role": role, "content": query}]
+        found, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
+        assert found == ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    if prompt is not None:
+        check_rounds(tokenizer, prompt)
+
+
+def check_text(tokenizer: Any, case: dict[str, Any], special: dict[str, int]) -> None:
+    text, ids, framed, decoded, pair, same_ids = read_case(
+        case, "text ids ids_with_special decoded", "pair sp_ids")
+    assert same_ids in (None, ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == decoded
+    if pair is not None:  # the fixtures pair a text with its own first two tokens
+        other = tokenizer.encode("x", add_special_tokens=False)
+        ours = tokenizer.encode("", pair="x")
+        end = ours[len(tokenizer.encode("")) + len(other):]
+        assert ours == tokenizer.encode("") + other + end
+        assert framed + ids[:2] + end == pair
+    if set(ids) & set(special.values()):
+        # The released code takes special tokens from any text; so do we, but only when told.
+        assert tokenizer.encode(text, False, parse_special=True) == ids
+        assert tokenizer.encode(text, parse_special=True) == framed
+        safe = tokenizer.encode(text, add_special_tokens=False)
+        assert not set(safe) & set(special.values())
+        assert tokenizer.decode(safe) == decoded
+        return
+    assert tokenizer.encode(text, add_special_tokens=False) == ids
+    assert tokenizer.encode(text) == framed
+    assert tokenizer.encode_batch([text, text]) == [framed, framed]
+
+
+def check_batch(tokenizer: Any, case: dict[str, Any]) -> None:
+    texts, ids, positions, mask, hidden = read_case(
+        case, "texts input_ids position_ids", "attention_mask attention_mask_true_is_masked")
+    assert (mask is None) != (hidden is None)
+    how: dict[str, Any] = {}
+    if np.ndim(positions) == 3:  # two-dimensional positions: ChatGLM-6B
+        how = {"blanks": [tokenizer.token_id(name) for name in ("[MASK]", "[gMASK]")],
+               "start": tokenizer.token_id("<sop>")}
+    batch = left_padded(tokenizer.encode_batch(texts), tokenizer.pad_id, **how)
+    np.testing.assert_array_equal(batch.tokens, ids)
+    np.testing.assert_array_equal(batch.positions.reshape(np.shape(positions)), positions)
+    if mask is not None:
+        np.testing.assert_array_equal(batch.segments, mask)
+        return
+    seen = visible(batch.segments, batch.order, batch.segments, batch.order)
+    real = batch.segments > 0  # what padding sees is of no consequence
+    np.testing.assert_array_equal(seen[real], ~np.array(hidden, bool)[:, 0][real])
+
+
+def check_rounds(tokenizer: Any, case: dict[str, Any]) -> None:
+    history, query, prompt, ids = read_case(case, "history query prompt ids")
+    turns = [text for pair in history for text in pair] + [query]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text}
+                for i, text in enumerate(turns)]
+    rendered = render(messages, template=tokenizer.version, add_generation_prompt=True)
+    assert rendered.replace("[gMASK]", "").replace("<sop>", "").removeprefix("sop") == prompt
+    assert encode_chat(tokenizer, messages, add_generation_prompt=True)[0] == ids
+
+
+def check_chat(folder: Path, expected: list[dict[str, Any]]) -> None:
+    assert expected
+    for case in expected:
+        template, name, messages, tools, prompt, how, rendered = read_case(
+            case, "template case messages tools add_generation_prompt kwargs rendered")
+        assert render(messages, tools, template=template, add_generation_prompt=prompt,
+                      **how) == rendered, f"{template} {name}"

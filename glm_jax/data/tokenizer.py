@@ -1,15 +1,18 @@
-"""Trains a byte-level BPE tokenizer with GLM's special tokens, and loads tokenizer folders.
+"""Loads tokenizer folders of every version, and trains a byte-level BPE tokenizer of GLM's kind.
 
-A folder holds Hugging Face's files (tokenizer.json, tokenizer_config.json, perhaps more).
+A folder holds the released files: tokenizer.json, tokenizer.model (sentencepiece or tiktoken),
+ice_text.model or cog-pretrain.model, with tokenizer_config.json.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from glm_jax.data.bpe import Bpe, is_ranks, read_json, read_ranks
+from glm_jax.data.pieces import LAYOUTS, Pieces
 from glm_jax.errors import UserError
 
 SPECIAL_TOKENS = (
@@ -17,9 +20,10 @@ SPECIAL_TOKENS = (
     "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
 )
 PREFIX = ("[gMASK]", "<sop>")  # how every encoding begins, as GLM-4's does
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-         "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
-         "tokenizer.model")
+# What holds the vocabulary, the first that is there; and what else belongs to a tokenizer.
+VOCABULARIES = ("tokenizer.json", "ice_text.model", "tokenizer.model", "cog-pretrain.model")
+FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt")
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -85,11 +89,18 @@ def tokenizer_files(trained: tokenizers.Tokenizer) -> dict[str, bytes]:
 
 
 class Tokenizer:
-    """A thin wrapper over `tokenizers.Tokenizer`: lists of ids in and out.
+    """Lists of ids in and out, by the files of any version.
 
     Special tokens that stand in a text are encoded as plain text: only this library puts
     their ids into a sequence, so a user's text can't pose as another role. Transformers'
     AutoTokenizer, reading the same folder, does parse them.
+
+    Attributes:
+      files: the folder's files by name.
+      config: tokenizer_config.json.
+      version: `chatglm1`, `chatglm2`, `chatglm3`, `glm4` (tiktoken's form) or `glm2021`, each with
+        the rules of its released code; `json` for a tokenizer.json, which says all itself.
+      special: ids of the special tokens by name.
     """
 
     def __init__(self, files: dict[str, bytes], where: str = "tokenizer"):
@@ -97,61 +108,83 @@ class Tokenizer:
         self.files = files
         self.where = where
         try:
-            self.backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise UserError(f"{where}: tokenizer.json can't be read: {error}. "
-                            "Copy the file again from its source.") from None
-        try:
-            self.config: dict[str, Any] = json.loads(files["tokenizer_config.json"])
+            self.config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
         except ValueError as error:
             raise UserError(f"{where}: tokenizer_config.json is not JSON: {error}") from None
-        self.backend.encode_special_tokens = True
-        self.backend.no_padding()
-        self.backend.no_truncation()
+        if not isinstance(self.config, dict):
+            raise UserError(f"{where}: tokenizer_config.json must be a table")
+        self.version, self._backend = _read(files, self.config, where)
+        self.special: Mapping[str, int] = self._backend.special
 
     @property
     def vocab_size(self) -> int:
         """How many ids there are, special tokens included."""
-        return self.backend.get_vocab_size()
+        return self._backend.vocab_size
 
     def token_id(self, token: str) -> int:
         """The id of one token, such as "[gMASK]"; UserError when the vocabulary lacks it."""
-        found = self.backend.token_to_id(token)
+        found = self._backend.token_id(token)
         if found is None:
             raise UserError(f"{self.where}: the vocabulary has no token {token!r}")
         return found
 
-    def _named(self, *names: str) -> int:
-        for name in names:
-            token = self.config.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token:
-                return self.token_id(token)
-        raise UserError(f"{self.where}: tokenizer_config.json names no {names[0]}")
+    def named_id(self, name: str) -> int | None:
+        """The id of what tokenizer_config.json or the version calls `eos_token`, `pad_token`,
+        `bos_token`, or of a special token by its own name; None where there is none.
+        """
+        token = self.config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            return self.token_id(token)
+        return self.special.get(_DEFAULTS[self.version].get(name, name))
 
     @property
     def eos_id(self) -> int:
         """The id that ends a text."""
-        return self._named("eos_token")
+        found = self.named_id("eos_token")
+        if found is None:
+            raise UserError(f"{self.where}: tokenizer_config.json names no eos_token")
+        return found
 
     @property
     def pad_id(self) -> int:
         """The id that fills a batch; the end-of-text token where no padding token is named."""
-        return self._named("pad_token", "eos_token")
+        found = self.named_id("pad_token")
+        if found is None:
+            found = self.named_id("eos_token")
+        if found is None:
+            raise UserError(f"{self.where}: tokenizer_config.json names no pad_token")
+        return found
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, behind the model's prefix (`[gMASK] <sop>`) unless switched off."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, *, pair: str | None = None,
+               parse_special: bool = False) -> list[int]:
+        """The ids of a text in the version's frame, such as `[gMASK] <sop> text`.
+
+        Args:
+          add_special_tokens: False leaves the frame out.
+          pair: a second text, framed together with the first.
+          parse_special: special tokens count as such where the text spells them, a `[MASK]` to
+            fill, say. Only for text that is trusted.
+
+        Raises:
+          UserError: for a pair where the version has none.
+        """
+        if pair is not None:
+            if parse_special or not add_special_tokens:
+                raise ValueError("a pair is always framed, and never parsed")
+            return self._backend.encode_pair(text, pair)
+        if parse_special:
+            return self._backend.encode_special(text, add_special_tokens)
+        return self._backend.encode([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True
                      ) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel."""
-        found = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in found]
+        """`encode` of many texts at once, in parallel where the library can."""
+        return self._backend.encode(texts, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._backend.decode(ids, skip_special_tokens)
 
     def save(self, folder: str | Path) -> None:
         """Writes the files into `folder`, byte for byte as they were read."""
@@ -160,13 +193,84 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(content)
 
 
+# The tokens that end a text and fill a batch, where tokenizer_config.json names none.
+_DEFAULTS = {version: {"eos_token": layout.eos, "pad_token": layout.pad}
+             for version, layout in LAYOUTS.items()}
+_DEFAULTS["glm4"] = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+_DEFAULTS["json"] = {"eos_token": "[SEP]", "pad_token": "[PAD]"}  # BERT's, whose files name none
+
+
+def _read(files: Mapping[str, bytes], config: Mapping[str, Any], where: str
+          ) -> tuple[str, Bpe | Pieces]:
+    """The version that the files are of, and what encodes by them."""
+    name = next((name for name in VOCABULARIES if name in files), None)
+    if name is None:
+        raise UserError(f"{where}: tokenizer.json is missing (or {', '.join(VOCABULARIES[1:])}); "
+                        "copy it from the model's source")
+    content = files[name]
+    if name == "tokenizer.json":
+        if "tokenizer_config.json" not in files:
+            raise UserError(f"{where}: tokenizer_config.json is missing; copy it from the model's "
+                            "source")
+        return "json", read_json(content, where)
+    if name == "tokenizer.model" and is_ranks(content):
+        return "glm4", read_ranks(content, config, where)
+    version, first = {"ice_text.model": "chatglm1", "cog-pretrain.model": "glm2021"}.get(name), 0
+    if version is None:
+        version = _chatglm_version(config, where)
+    elif version == "chatglm1":
+        first = int(config.get("num_image_tokens", 20000))  # the first release does not write it
+    return version, Pieces(content, version, f"{where}: {name}", first)
+
+
+def _chatglm_version(config: Mapping[str, Any], where: str) -> str:
+    """ChatGLM2 or ChatGLM3: their sentencepiece files are the same."""
+    if "<|user|>" in json.dumps(config):
+        return "chatglm3"
+    name = str(config.get("name_or_path", "")).lower()
+    for mark, version in (("glm3", "chatglm3"), ("glm2", "chatglm2"), ("codegeex2", "chatglm2")):
+        if mark in name:
+            return version
+    raise UserError(f"{where}: this tokenizer.model may be ChatGLM2's or ChatGLM3's: set "
+                    "name_or_path in tokenizer_config.json to chatglm2-6b or chatglm3-6b")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder. Raises UserError for a missing or damaged file."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a tokenizer is a folder with tokenizer.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name} is missing; copy it from the model's source")
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     return Tokenizer(files, str(folder))
+
+
+def vocabulary_file(folder: str | Path) -> Path | None:
+    """The file of a folder that holds the vocabulary, if there is one."""
+    return next((path for path in (Path(folder) / name for name in VOCABULARIES)
+                 if path.is_file()), None)
+
+
+# Fields of config.json, and the names of their tokens: in tokenizer_config.json, or themselves.
+_IDS = {"eos_token_id": "eos_token", "pad_token_id": "pad_token", "bos_token_id": "bos_token",
+        "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
+
+
+def check_belongs(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """Raises a UserError when a tokenizer is not the one of a model's weights.
+
+    Args:
+      config: the contents of config.json. Only the special ids that it names are compared; of
+        several `eos_token_id`, the tokenizer's must be one.
+    """
+    if tokenizer.vocab_size > config["vocab_size"]:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                        f"{config['vocab_size']}; is it the tokenizer of these weights?")
+    for field, token in _IDS.items():
+        theirs = config.get(field)
+        ours = tokenizer.named_id(token)
+        several = theirs if isinstance(theirs, list | tuple) else [theirs]
+        # An id outside the vocabulary is a default of the config's class, not the file's.
+        several = [i for i in several if i is not None and i < config["vocab_size"]]
+        if ours is not None and several and ours not in several:
+            raise UserError(f"{field}: {ours} in the tokenizer ({tokenizer.where}), {theirs} in "
+                            "the model's config.json; is it the tokenizer of these weights?")

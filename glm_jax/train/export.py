@@ -37,7 +37,7 @@ def model_files(model: Any, tokenizer: Tokenizer, length: int) -> dict[str, byte
     files = dict(tokenizer.files)
     if model.head == "lm":
         return files | {"generation_config.json": generation_config(model.config)}
-    fields = {**json.loads(files["tokenizer_config.json"]), "model_max_length": length}
+    fields = {**tokenizer.config, "model_max_length": length}
     return files | {"tokenizer_config.json":
                     (json.dumps(fields, ensure_ascii=False, indent=2) + "\n").encode()}
 

@@ -13,7 +13,7 @@ from glm_jax.convert.hf import load_model
 from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Shape
 from glm_jax.data.records import Example, load_records
-from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from glm_jax.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
 from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
@@ -165,5 +165,5 @@ def _adapter(folder: Path, mesh: Mesh) -> Trained:
     names: dict[str, Any] = {"id2label": about.id2label} if about.id2label else {}
     model = load_model(base, head=about.head, mesh=mesh, **names)
     lora_config = load_adapter(model, folder)
-    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").exists() else base)
+    tokenizer = load_tokenizer(folder if vocabulary_file(folder) else base)
     return Trained(model, tokenizer, labels_of(model), None, lora_config, about.base)

@@ -16,7 +16,7 @@ from glm_jax.adapters import lora, partition
 from glm_jax.convert.hf import init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.packing import Shape
-from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
 from glm_jax.files import resolve
 from glm_jax.models import architecture_of
@@ -116,9 +116,7 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
     What trains is kept in float32, what does not in the dtype that is computed in.
     """
     model = make_model(config, head, labels, mesh)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-                        f"{model.config.vocab_size}; is it the tokenizer of these weights?")
+    check_belongs(tokenizer, model.config.to_dict())
     lora_config = None
     if config.adapter.name == "lora":
         if config.model.init != "pretrained":
@@ -203,7 +201,7 @@ def identity(config: Any, task: Task) -> dict[str, Any]:
 def model_hashes(config: Any) -> dict[str, str]:
     """Hashes of what lies outside a run folder and must stay as it was: tokenizer and base."""
     base, tokenizer = folders(config)
-    hashes = {"tokenizer sha256": sha256([tokenizer / "tokenizer.json"])}
+    hashes = {"tokenizer sha256": sha256([vocabulary_file(tokenizer) or tokenizer])}
     if config.model.init == "pretrained":
         hashes["weights sha256"] = sha256(Released(base).files())
     if config.model.init == "pretrained" or not config.model.config:
