@@ -38,7 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
     })
     config.epochs = 5.0
     config.batch.update(rows=8, length=256, examples=48)
-    config.optimizer.update(learning_rate=2e-3, schedule="linear", warmup=0.06, weight_decay=0.01)
+    config.optimizer.update(learning_rate=2e-3, schedule="linear", warmup=0.06, weight_decay=0.01,
+                            ema=0.995)
     config.eval.update(every=100, metric="accuracy", patience=8)
     for name in chosen:
         if name in ("full", "head", "scratch", "conv-rnn"):
