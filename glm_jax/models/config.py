@@ -38,13 +38,16 @@ class Config:
         """
         raw = dict(raw)
         rope = dict(raw.pop("rope_parameters", None) or {})
+        rope = {**(raw.get("rope_scaling") or {}), **rope}
         if rope:
-            kind = rope.pop("rope_type", "default")
+            kind = rope.pop("type", "default")
+            kind = rope.pop("rope_type", kind)
             for name in ("rope_theta", "partial_rotary_factor"):
                 if name in rope:
                     raw[name] = rope.pop(name)
-            if kind != "default":
-                raw["rope_scaling"] = {"rope_type": kind, **rope}
+            # Both of its names, which transformers has read at one time or another.
+            raw["rope_scaling"] = (None if kind == "default" else
+                                   {"type": kind, "rope_type": kind, **rope})
         if "dtype" in raw:
             raw["torch_dtype"] = raw.pop("dtype")
         raw.pop("label2id", None)  # says nothing else, and is written from id2label
