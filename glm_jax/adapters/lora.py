@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from glm_jax.adapters.targets import ALL_LINEAR, find, linears
+from glm_jax.adapters.targets import ALL_LINEAR, find, groups, linears
 from glm_jax.errors import UserError
 from glm_jax.nn.layers import Product
 from glm_jax.nn.matmul import matmul, rounds
@@ -224,12 +224,13 @@ def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, mesh: Mesh |
       UserError: for a target that matches no linear layer, or some layers of a stack only.
     """
     attach_to(find(model, config.target_modules, config.modules_to_save), config, seed=seed,
-              mesh=mesh, dtype=dtype)
+              mesh=mesh, dtype=dtype, shared=groups(model, config.target_modules))
 
 
 def attach_to(layers: Mapping[str, Any], config: LoRAConfig, *, seed: int = 0,
-              mesh: Mesh | None = None, dtype: Any = jnp.float32) -> None:
-    """`attach` on layers that are known, by path."""
+              mesh: Mesh | None = None, dtype: Any = jnp.float32,
+              shared: Iterable[tuple[str, ...]] = ()) -> None:
+    """`attach` on layers that are known, by path; those of a group in `shared` have one A."""
     if adapted := [path for path, layer in layers.items() if hasattr(layer, "adapter")]:
         raise UserError(f"lora: {adapted[0]} has an adapter already; merge or detach it first")
     mesh = mesh or mesh_of(layers.values())
@@ -244,6 +245,10 @@ def attach_to(layers: Mapping[str, Any], config: LoRAConfig, *, seed: int = 0,
         layer.adapter = LoRA(jax.device_put(a, sharding((*lead, into, "rank"), a.shape, mesh)),
                              jax.device_put(b, sharding((*lead, "rank", out), b.shape, mesh)),
                              layer.axes, config)
+    for first, *others in shared:
+        for path in others:
+            if path in layers:  # the same parameter: its gradient is the sum over the group
+                layers[path].adapter.lora_a = layers[first].adapter.lora_a
 
 
 def merge(model: nnx.Module) -> None:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,11 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
             drawn = flat(build())
             return {path: drawn[path].get_value().astype(kept[path]) for path in sorted(random)}
         initial = jax.jit(draw, out_shardings={path: shardings[path] for path in random})()
-    readers = _readers(released, table, abstract) if released is not None else {}
+    read = readers(released, table, abstract) if released is not None else {}
     for path, param in abstract.items():
         shape = param.get_value().shape
         param.set_value(initial[path] if path in random else
-                        _sharded(shape, shardings[path], readers[path], kept[path]))
+                        _sharded(shape, shardings[path], read[path], kept[path]))
     nnx.update(model, nnx.from_flat_state(
         [(tuple(path.split(".")), param) for path, param in abstract.items()]))
     return model
@@ -145,14 +145,12 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     faults: list[str] = []
     random: set[str] = set()
     for row in tables[head]:
-        shapes = [abstract[path].get_value().shape for path in row.paths]
         if not row.read:
-            layers = (shapes or [(config.num_hidden_layers,)])[0]
+            layers = (abstract[row.paths[0]].get_value().shape if row.paths
+                      else (config.num_hidden_layers,))
             expected.update(name for _, name in row.names(layers))
             continue
-        parts = [row.released(shape) for shape in shapes]
-        shape = (sum(part[0] for part in parts), *parts[0][1:])
-        for _, name in row.names(shapes[0]):
+        for name, shape in tensor_shapes(row, abstract):
             expected.add(name)
             if name not in released.shapes:
                 if row.name in promised:
@@ -172,11 +170,20 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     return random
 
 
+def tensor_shapes(row: Weight, parameters: Mapping[str, nnx.Param]
+                  ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The released names and the shape of a row's tensors."""
+    shapes = [parameters[path].get_value().shape for path in row.paths]
+    parts = [row.released(shape) for shape in shapes]
+    for _, name in row.names(shapes[0]):
+        yield name, (sum(part[0] for part in parts), *parts[0][1:])
+
+
 Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def _readers(released: Source, table: list[Weight], abstract: dict[str, nnx.Param]
-             ) -> dict[str, Reader]:
+def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]
+            ) -> dict[str, Reader]:
     """For each of our parameters, the function that reads any slice of it."""
     sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
     for row in filter(lambda row: row.read, table):
@@ -239,17 +246,26 @@ def main_dtype(model: Any) -> np.dtype:
 def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """The released names and arrays of a model, one at a time, in the order of the table."""
     architecture = architecture_of(model.config.to_dict())
+    table = architecture.weights(model.config, model.head)
+    main, layers = np.dtype(dtype or main_dtype(model)), (model.config.num_hidden_layers,)
     parameters = flat(model)
-    main = np.dtype(dtype or main_dtype(model))
-    for row in architecture.weights(model.config, model.head):
+    for row in table:
+        if row.constant is not None:
+            constant = row.constant(main) if callable(row.constant) else row.constant
+            yield from ((name, constant) for _, name in row.names(layers))
+            continue
+        for name, array in named_tensors([row], parameters):
+            yield name, array if row.exact or dtype is None else array.astype(dtype)
+
+
+def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
+                  ) -> Iterator[tuple[str, np.ndarray]]:
+    """The released names and arrays of these rows, one at a time."""
+    for row in table:
         arrays = [parameters[path].get_value() for path in row.paths]
-        shape = arrays[0].shape if arrays else (model.config.num_hidden_layers,)
-        for place, name in row.names(shape):
-            if row.constant is not None:
-                yield name, row.constant(main) if callable(row.constant) else row.constant
-                continue
-            joined = row.join([np.asarray(array[place] if place else array) for array in arrays])
-            yield name, joined if row.exact or dtype is None else joined.astype(dtype)
+        for place, name in row.names(arrays[0].shape):
+            yield name, row.join([np.asarray(array[place] if place else array)
+                                  for array in arrays])
 
 
 def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
