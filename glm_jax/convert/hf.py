@@ -106,7 +106,7 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
     model = nnx.eval_shape(build)
     abstract = flat(model)
     table = architecture.weights(config, head)
-    exact = {path for row in table if row.exact for path in row.paths}
+    exact = exact_paths(model)
     kept = {path: jnp.float32 if path in exact else param_dtype for path in abstract}
     random: set[str] = set(abstract)
     if released is not None:
@@ -236,6 +236,12 @@ def _sharded(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Reader,
         return parts[key]
 
     return jax.make_array_from_callback(shape, where, part)
+
+
+def exact_paths(model: Any) -> set[str]:
+    """The parameters that stay float32 whatever the others are kept in."""
+    table = architecture_of(model.config.to_dict()).weights(model.config, model.head)
+    return {path for row in table if row.exact for path in row.paths}
 
 
 def main_dtype(model: Any) -> np.dtype:

@@ -94,9 +94,10 @@ def weights(config: ChatGLMConfig, head: str) -> list[Weight]:
 
 
 def _frequencies(dim: int, dtype: np.dtype) -> np.ndarray:
-    """A release's buffer `[dim / 2]`: each step rounded to its dtype, and without the ratio."""
+    """A release's buffer `[dim / 2]`: each step rounded to its dtype, the base also; no ratio."""
     exponents = (np.arange(0, dim, 2).astype(dtype) / np.float32(dim)).astype(dtype)
-    powers = np.power(BASE, exponents.astype(np.float64)).astype(dtype)
+    base = np.asarray(BASE).astype(dtype).astype(np.float64)
+    powers = np.power(base, exponents.astype(np.float64)).astype(dtype)
     return (1 / powers.astype(np.float32)).astype(dtype)
 
 
