@@ -37,8 +37,10 @@ class Config:
           UserError: for a value that this library does not compute, or of a wrong type.
         """
         raw = dict(raw)
-        rope = dict(raw.pop("rope_parameters", None) or {})
-        rope = {**(raw.get("rope_scaling") or {}), **rope}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(name), Mapping | None):
+                raise UserError(f"config.json: {name} must be a table, not {raw[name]!r}")
+        rope = {**(raw.get("rope_scaling") or {}), **(raw.pop("rope_parameters", None) or {})}
         if rope:
             kind = rope.pop("type", "default")
             kind = rope.pop("rope_type", kind)

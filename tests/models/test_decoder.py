@@ -204,6 +204,7 @@ CHATGLM = {"model_type": "chatglm", "num_layers": 2, "multi_query_group_num": 2}
     (CHATGLM | {"kv_channels": "128"}, "kv_channels must be int"),
     ({"model_type": "glm4", "rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'yarn'"),
     ({"model_type": "glm4", "rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
+    ({"model_type": "glm4", "rope_scaling": "yarn"}, "rope_scaling must be a table, not 'yarn'"),
     ({"model_type": "glm4", "rope_scaling": {
         "rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 8, "mscale": 1}},
      "mscale is not supported"),

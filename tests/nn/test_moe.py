@@ -57,7 +57,8 @@ def test_the_sum_over_chosen_experts_and_its_gradients(path):
 
 def test_some_of_the_experts_add_only_their_own(path):
     part = (X, WEIGHTS, UP[2:5], DOWN[2:5], 2, 3)
-    np.testing.assert_allclose(sparse(*part), dense(*part), rtol=1e-5, atol=1e-5)
+    ours = jax.jit(sparse, static_argnums=(4, 5))(*part)
+    np.testing.assert_allclose(ours, dense(*part), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 8, 128), (4, 2, 2), (512, 4, 8)])
@@ -95,3 +96,13 @@ def test_only_the_best_groups_are_chosen_from():
         bias = jnp.zeros(6).at[4].add(0.01 * (top > 1))  # no ties
         _, experts = moe.route(logits, bias, top_k=2, groups=3, top_groups=top)
         assert set(np.asarray(experts)[0].tolist()) == wanted, top
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("tpu", True), ("cuda", True)])
+def test_the_platform_that_it_is_compiled_for_chooses(platform, ragged):
+    """Not the one that compiles: a TPU's program can be made on a CPU."""
+    jax.clear_caches()
+    gradient = jax.jit(jax.grad(lambda x, up: sparse(x, WEIGHTS, up, DOWN).sum(), argnums=(0, 1)))
+    text = gradient.trace(X, UP).lower(lowering_platforms=(platform,)).as_text()
+    assert ("ragged_dot" in text) == ragged
+    assert (text.count("stablehlo.while") == 0) == ragged
