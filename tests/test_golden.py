@@ -296,7 +296,9 @@ def check_losses(model: Any, inputs: Arrays, outputs: Arrays) -> None:
             same_gradient(ours[grad[1]], outputs[name], name)
     if not {"loss_regression", "loss_multilabel"} & set(outputs.all):
         return
-    logits = np.asarray(glm_jax.forward(model, inputs["right_input_ids"]), np.float64)
+    side = next(side for side in ("right", "left") if f"{side}_input_ids" in inputs)
+    logits = np.asarray(glm_jax.forward(model, inputs[f"{side}_input_ids"],
+                                        inputs.get(f"{side}_attention_mask")), np.float64)
     if "loss_regression" in outputs:
         loss = np.mean((logits - inputs["labels_regression"]) ** 2)
         same_loss(loss, outputs["loss_regression"], "loss_regression")

@@ -254,10 +254,10 @@ class Decoder(nnx.Module):
         """
         return self._run(batch, cache, key)[:2]
 
-    def expert_load(self, batch: Batch) -> jax.Array:
+    def expert_load(self, batch: Batch) -> jax.Array | None:
         """How many real tokens of the batch choose each expert: `[expert layers, experts]` float32.
 
-        A metric: equal numbers are a balanced load.
+        A metric: equal numbers are a balanced load. None for a model without experts.
         """
         return self._run(batch, None, None, loads=True)[2]
 
@@ -280,9 +280,11 @@ class Decoder(nnx.Module):
             return x, (None if cache is None else kv, load)
 
         kv = None if cache is None else (cache.keys, cache.values)
-        filled = []
-        for name, _, part in self._stacks():
-            own = jax.tree.map(operator.itemgetter(part), (kv, keys))
+        filled, stacks = [], self._stacks()
+        for name, _, part in stacks:
+            own = (kv, keys)
+            if len(stacks) > 1:  # else nothing is to be cut, and no cache copied
+                own = jax.tree.map(operator.itemgetter(part), own)
             x, (kv_out, load) = scan(getattr(self, name), call, x, *own, unroll=cache is None)
             filled.append(kv_out)
         if isinstance(seen, Batch):

@@ -23,6 +23,7 @@ MOE = {"model_type": "glm4_moe", "num_hidden_layers": 3, "n_routed_experts": 8,
        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
        "attention_bias": True, "use_qk_norm": True, "num_attention_heads": 6, "head_dim": 8,
        "num_key_value_heads": 2, "routed_scaling_factor": 1.5}
+SMALL = MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20}
 TOKENS = np.random.default_rng(0).integers(1, 61, (2, 11))
 
 
@@ -107,39 +108,47 @@ def loss(model):
     return value, flat(nnx.merge(graphdef, gradients))
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2},
-                                   {"expert": 4, "data": 2}])
-def test_experts_on_a_mesh_equal_one_device(tmp_path, sizes):
+def adapted(folder, mesh=None):
+    """The model of the folder, with an adapter on its experts that does something."""
+    model = load_model(folder, mesh=mesh)
+    attach(model, LoRAConfig(r=2, target_modules=("experts.up_proj", "experts.down_proj")))
+    b = model.layers.mlp.experts.up_proj.adapter.lora_b
+    b.set_value(jax.device_put(jnp.full(b.get_value().shape, 0.3), b.get_value().sharding))
+    return model
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder, and its loss and gradients on one device."""
+    folder = tmp_path_factory.mktemp("mixture") / "model"
+    save_model(shaken(SMALL), folder)
+    return folder, *loss(adapted(folder))
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2}])
+def test_experts_on_a_mesh_equal_one_device(alone, sizes):
     """With an adapter on them, too; gradients of all parameters."""
-    save_model(shaken(MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20}),
-               tmp_path / "model")
-    found = []
-    for mesh in (None, make_mesh(sizes)):
-        model = load_model(tmp_path / "model", mesh=mesh)
-        attach(model, LoRAConfig(r=2, target_modules=("experts.up_proj", "experts.down_proj")))
-        adapter = model.layers.mlp.experts.up_proj.adapter
-        b = adapter.lora_b.get_value()
-        adapter.lora_b.set_value(jax.device_put(jnp.full(b.shape, 0.3), b.sharding))
-        found.append((model, *loss(model)))
-    (_, alone, wanted), (spread, value, gradients) = found
-    np.testing.assert_allclose(value, alone, rtol=1e-5)
+    folder, wanted_value, wanted = alone
+    spread = adapted(folder, make_mesh(sizes))
+    value, gradients = loss(spread)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
     for path, gradient in gradients.items():
         ours, theirs = np.asarray(gradient.get_value()), np.asarray(wanted[path].get_value())
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * np.abs(theirs).max(),
                                    err_msg=path)
-    kernel = spread.layers.mlp.experts.up_proj.kernel.get_value()
-    assert kernel.addressable_shards[0].data.shape[1] == 8 // sizes["expert"]
-    assert (spread.layers.mlp.experts.up_proj.adapter.lora_a.get_value()
-            .addressable_shards[0].data.shape[1] == 8 // sizes["expert"])
+    layer = spread.layers.mlp.experts.up_proj
+    for param in (layer.kernel, layer.adapter.lora_a, layer.adapter.lora_b):
+        shard = param.get_value().addressable_shards[0].data
+        assert shard.shape[1] == 8 // sizes["expert"]
 
 
 def test_adapters_on_experts_merge_into_what_they_compute():
-    model = shaken(MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20})
+    model = shaken(SMALL)
     attach(model, LoRAConfig(r=2, target_modules="all-linear"))
     for path, param in flat(model).items():
         if path.endswith("lora_b"):
             param.set_value(param.get_value() + 0.2)
-    plain = shaken(MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20})
+    plain = shaken(SMALL)
     ours, whole = (np.asarray(glm_jax.forward(m, TOKENS)) for m in (model, merged(model)))
     np.testing.assert_allclose(ours, whole, rtol=1e-3, atol=1e-3)
     assert np.abs(ours - np.asarray(glm_jax.forward(plain, TOKENS))).max() > 0.1
@@ -147,7 +156,7 @@ def test_adapters_on_experts_merge_into_what_they_compute():
 
 
 def test_the_load_counts_real_tokens():
-    model = shaken(MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20})
+    model = shaken(SMALL)
     mask = np.ones_like(TOKENS)
     mask[0, 4:] = 0
     load = np.asarray(jax.jit(lambda m, b: m.expert_load(b))(model, causal_batch(TOKENS, mask)))
@@ -156,7 +165,7 @@ def test_the_load_counts_real_tokens():
 
 
 def test_dense_and_expert_layers_share_one_cache():
-    model = shaken(MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20})
+    model = shaken(SMALL)
     run = jax.jit(lambda model, batch, cache: model(batch, cache))
     whole, cache = causal_batch(TOKENS), empty_cache(model.config, 2, 12, jnp.float32)
     parts = []
@@ -168,7 +177,7 @@ def test_dense_and_expert_layers_share_one_cache():
 
 
 def test_the_correction_bias_stays_float32(tmp_path):
-    raw = MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20}
+    raw = SMALL
     save_model(shaken(raw), tmp_path / "model", dtype=jnp.bfloat16)
     model = load_model(tmp_path / "model", dtype=jnp.bfloat16)
     kinds = {path: p.get_value().dtype.name for path, p in flat(model).items()}
@@ -180,7 +189,7 @@ def test_the_correction_bias_stays_float32(tmp_path):
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     from safetensors.numpy import load_file, save_file
-    raw = MOE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20}
+    raw = SMALL
     save_model(shaken(raw), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     extra = np.ones((4, 4), np.float32)
