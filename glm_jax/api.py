@@ -15,6 +15,7 @@ from glm_jax.adapters.lora import merged
 from glm_jax.adapters.peft import inspect_adapter, load_adapter
 from glm_jax.adapters.targets import linears
 from glm_jax.convert.hf import load_model, save_model
+from glm_jax.convert.renamed import renamed
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.infer.generate import Generation, check_tokens
@@ -92,7 +93,7 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
     Returns:
       `[batch, length, vocabulary]` of a language model, `[batch, length, labels]` of a token
       classifier, `[batch, labels]` of a sequence classifier: those at the rightmost token that
-      is not the padding token.
+      is not the padding token; ChatGLM's at the last position that `attention_mask` does not hide.
 
     Raises:
       UserError: for rows without tokens, or ids outside the vocabulary.
@@ -104,6 +105,9 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
         logits = _forward(graphdef, state, rows, mask)
     if model.head != "sequence":
         return logits
+    if getattr(model.config, "pools_last", False):
+        last = np.max(np.arange(rows.shape[1]) * mask, axis=1)
+        return logits[np.arange(len(rows)), last]
     pad = model.config.pad_token_id
     if pad is None and len(rows) > 1:
         raise UserError("the config has no pad_token_id, which tells where each row ends: "
@@ -185,20 +189,26 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
     return tokens, mask
 
 
-def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None = None, *,
+                    architecture: str | None = None) -> None:
     """Writes a Hugging Face folder that transformers loads; whole or not at all.
 
     An adapter is merged into the weights that are written, not into `model`.
 
     Args:
       folder: a checkpoint that is there already is replaced.
+      architecture: `glm` writes a ChatGLM2, ChatGLM3 or GLM-4 in Hugging Face's naming,
+        `chatglm` the other way; its own by default.
 
     Raises:
-      UserError: when the folder can't be written, or holds something else.
+      UserError: when the folder can't be written, or holds something else, or the model is none
+        of that architecture.
     """
     _want_model(model)
     _want("folder", folder, str | Path, "a path")
     _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
     if any(hasattr(layer, "adapter") for layer in linears(model).values()):
         model = merged(model)
+    if architecture is not None:
+        model = renamed(model, architecture)
     save_model(model, folder, files=tokenizer.files if tokenizer is not None else None)

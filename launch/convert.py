@@ -18,6 +18,9 @@ from launch import door
 
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 TO = flags.DEFINE_enum("to", None, ["hf", "peft", "merged"], "the form to write", required=True)
+ARCHITECTURE = flags.DEFINE_enum(
+    "architecture", None, ["glm", "chatglm"],
+    "write a chatglm (ChatGLM3, GLM-4) as Hugging Face's glm, or back; its own by default")
 OUT = flags.DEFINE_string("out", None, "the folder to write; replaced if it is there",
                           required=True)
 STEP = flags.DEFINE_integer("step", None, "a checkpoint of the run; the best one by default")
@@ -33,6 +36,7 @@ def main() -> None:
     from glm_jax.adapters.lora import merge
     from glm_jax.adapters.peft import save_adapter
     from glm_jax.convert.hf import save_model
+    from glm_jax.convert.renamed import renamed
     from glm_jax.errors import UserError
     from glm_jax.files import resolve
     from glm_jax.models import architecture_of
@@ -59,6 +63,8 @@ def main() -> None:
     else:
         if trained.lora_config is not None:
             merge(model)
+        if ARCHITECTURE.value:
+            model = renamed(model, ARCHITECTURE.value)
         save_model(model, out, dtype=DTYPE.value, files=files)
     door.console().print(f"wrote {out}")
     if ours is not None:

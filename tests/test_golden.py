@@ -5,6 +5,7 @@ has there, and an array that nothing asked for is a failure, so no case is passe
 A folder of a family that this library does not have yet is skipped by name.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,8 +24,7 @@ from flax import nnx
 
 import glm_jax
 from glm_jax.adapters.lora import merge
-from glm_jax.adapters.peft import load_adapter
-from glm_jax.adapters.targets import linears, torch_names
+from glm_jax.adapters.peft import adapter_tensors, load_adapter
 from glm_jax.convert.hf import load_model, tensors
 from glm_jax.data.bpe import GLM4_WORDS
 from glm_jax.data.chat import encode_chat, render
@@ -110,8 +110,8 @@ def unsupported_family(folder: Path) -> str | None:
         architecture_of(config)
     except UserError as error:
         return f"family not supported yet: {error}"
-    if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
-        return "pickled weights are not supported yet"
+    if config.get("pre_seq_len"):
+        return "a released prefix (P-tuning v2) is not supported yet"
     return None
 
 
@@ -178,6 +178,7 @@ def check_model(folder: Path, inputs: Arrays, outputs: Arrays) -> None:
     check_losses(model, inputs, outputs)
     if "gen_tokens" in outputs:
         check_generation(model, inputs, outputs)
+    check_dequantised(folder, model, outputs)
 
 
 def check_config(folder: Path, model: Any) -> None:
@@ -215,13 +216,20 @@ def check_forward(model: Any, name: str, batch: Batch, mask: np.ndarray, outputs
          None if model.head == "sequence" else mask)
     if f"{name}_final_norm" in outputs:
         same(hidden, outputs[f"{name}_final_norm"], f"{name}_final_norm", mask)
-    inner = list(outputs.matching(rf"{name}_((hidden|attn_out|mlp_out|cache_k|cache_v)_\d+)"))
+    inner = list(outputs.matching(
+        rf"{name}_((hidden|attn_out|mlp_out|cache_k|cache_v|router_\w+)_\d+)"))
     if inner:
         seen = trace(model, batch)
         for key, found in inner:
             where = mask
-            if found[1].startswith("cache"):  # [batch, heads, length, head_dim]
-                where = np.repeat(mask[:, None], outputs.all[key].shape[1], axis=1)
+            if found[1].startswith("cache"):
+                if outputs.all[key].shape[:2] == mask.T.shape:  # [length, batch, heads, head_dim]
+                    where = mask.T
+                else:  # [batch, heads, length, head_dim]
+                    where = np.repeat(mask[:, None], outputs.all[key].shape[1], axis=1)
+                    seen[found[1]] = seen[found[1]].transpose(1, 2, 0, 3)
+            elif found[1].startswith("router"):  # [batch * length, …]
+                where = mask.reshape(-1)
             same(seen[found[1]], outputs[key], key, where)
 
 
@@ -232,8 +240,8 @@ def forward(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def classify(model: Any, batch: Batch) -> jax.Array:
-    """One row of logits a text: at the rightmost token whose id is not the padding's."""
-    real = batch.tokens != model.config.pad_token_id
+    """One row of logits a text: at the rightmost token whose id is not the padding's, or last."""
+    real = (batch.tokens != model.config.pad_token_id) | model.config.pools_last
     last = jnp.max(jnp.arange(real.shape[1]) * real, axis=1)
     return model.classify(dataclasses.replace(batch, pool_index=last[:, None]))[:, 0]
 
@@ -242,29 +250,46 @@ def classify(model: Any, batch: Batch) -> jax.Array:
 def trace(model: Any, batch: Batch) -> dict[str, jax.Array]:
     """Runs the layers unrolled, with a cache, and notes what goes in and comes out of each."""
     seen: dict[str, jax.Array] = {}
+    first = 0  # layer of the stack
 
     def unrolled(layers: nnx.Module, call: Any, x: jax.Array, *per_layer: Any, **_: Any) -> Any:
+        nonlocal first
         graphdef, state = nnx.split(layers)
         outs = []
         for i in range(jax.tree.leaves(state)[0].shape[0]):
             layer, inputs = jax.tree.map(lambda a, i=i: a[i], (state, per_layer))
-            layer = nnx.merge(graphdef, layer)
-            seen[f"hidden_{i}"] = x
-            with listen(layer.self_attn, f"attn_out_{i}"), listen(layer.mlp, f"mlp_out_{i}"):
+            layer, n = nnx.merge(graphdef, layer), first + i
+            seen[f"hidden_{n}"] = x
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(listen(layer.self_attn, f"attn_out_{n}"))
+                stack.enter_context(listen(layer.mlp, f"mlp_out_{n}"))
+                if hasattr(layer.mlp, "gate"):
+                    router = layer.mlp.gate
+                    stack.enter_context(listen(router, f"router_weights_{n}"))
+                    stack.enter_context(listen(router, f"router_logits_{n}", "logits"))
                 x, out = call(layer, x, *inputs)
             outs.append(out)
-        seen[f"hidden_{len(outs)}"] = x
+        first += len(outs)
+        seen[f"hidden_{first}"] = x
         return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
-    def listen(module: nnx.Module, name: str) -> Any:
-        real = type(module).__call__
+    def listen(module: nnx.Module, name: str, method: str = "__call__") -> Any:
+        real = getattr(type(module), method)
 
         def call(self: Any, *args: Any) -> Any:
             out = real(self, *args)
             if self is module:
-                seen[name] = out[0] if isinstance(out, tuple) else out
+                if name.startswith("router_weights"):  # by expert, as the reference sorts them
+                    order = jnp.argsort(out[1], axis=-1)
+                    weights, experts = (jnp.take_along_axis(a, order, axis=-1) for a in out)
+                    seen[name] = weights.reshape(-1, weights.shape[-1])
+                    seen[name.replace("weights", "indices")] = experts.reshape(seen[name].shape)
+                elif name.startswith("router"):
+                    seen[name] = out.reshape(-1, out.shape[-1])
+                else:
+                    seen[name] = out[0] if isinstance(out, tuple) else out
             return out
-        return mock.patch.object(type(module), "__call__", call)
+        return mock.patch.object(type(module), method, call)
 
     home = sys.modules[type(model).__module__]
     assert home.scan is scan
@@ -272,8 +297,8 @@ def trace(model: Any, batch: Batch) -> dict[str, jax.Array]:
     with mock.patch.object(home, "scan", unrolled):
         _, cache = model(batch, cache)
     for i in range(cache.keys.shape[0]):
-        seen[f"cache_k_{i}"] = cache.keys[i].transpose(0, 2, 1, 3)
-        seen[f"cache_v_{i}"] = cache.values[i].transpose(0, 2, 1, 3)
+        seen[f"cache_k_{i}"] = cache.keys[i].transpose(1, 0, 2, 3)
+        seen[f"cache_v_{i}"] = cache.values[i].transpose(1, 0, 2, 3)
     return seen
 
 
@@ -286,7 +311,9 @@ def check_losses(model: Any, inputs: Arrays, outputs: Arrays) -> None:
             same_gradient(ours[grad[1]], outputs[name], name)
     if not {"loss_regression", "loss_multilabel"} & set(outputs.all):
         return
-    logits = np.asarray(glm_jax.forward(model, inputs["right_input_ids"]), np.float64)
+    side = next(side for side in ("right", "left") if f"{side}_input_ids" in inputs)
+    logits = np.asarray(glm_jax.forward(model, inputs[f"{side}_input_ids"],
+                                        inputs.get(f"{side}_attention_mask")), np.float64)
     if "loss_regression" in outputs:
         loss = np.mean((logits - inputs["labels_regression"]) ** 2)
         same_loss(loss, outputs["loss_regression"], "loss_regression")
@@ -294,6 +321,20 @@ def check_losses(model: Any, inputs: Arrays, outputs: Arrays) -> None:
         labels = inputs["labels_multilabel"]
         loss = np.mean(np.logaddexp(0, logits) - labels * logits)
         same_loss(loss, outputs["loss_multilabel"], "loss_multilabel")
+
+
+def check_dequantised(folder: Path, model: Any, outputs: Arrays) -> None:
+    """Unpacked weights are exact, and as near to what was packed as so many bits allow."""
+    ours = dict(tensors(model))
+    for key, found in outputs.matching(r"dequant::(.+)"):
+        np.testing.assert_array_equal(ours[found[1]], outputs[key], key)
+    for key, found in outputs.matching(r"original::(.+)"):
+        largest = np.abs(outputs[key]).max(axis=1, keepdims=True)
+        step = largest / (2 ** (read_config(folder)["quantization_bit"] - 1) - 1)
+        # the scale is rounded to float16, which moves the outermost values
+        limit = step / 2 + largest * 2**-10
+        assert (np.abs(ours[found[1]] - outputs[key]) <= limit).all(), key
+    assert "quantization_bit" not in model.config.to_dict()
 
 
 def loss_and_gradients(model: Any, inputs: Arrays, name: str) -> tuple[np.ndarray, Any]:
@@ -312,22 +353,16 @@ def loss_and_gradients(model: Any, inputs: Arrays, name: str) -> tuple[np.ndarra
 def released_tensors(model: Any) -> dict[str, np.ndarray]:
     """A model's tensors by Hugging Face's names, and with adapters also by PEFT's."""
     found = dict(tensors(model))
-    layers = linears(model)
-    adapters = {path: layer.adapter for path, layer in layers.items() if hasattr(layer, "adapter")}
+    adapters = adapter_tensors(model)
     if adapters:
         found |= {f"base_model.model.{name}": array for name, array in found.items()}
-    for path, adapter in adapters.items():
-        for letter, param in (("A", adapter.lora_a), ("B", adapter.lora_b)):
-            whole = np.asarray(param.get_value())
-            parts = whole if whole.ndim == 3 else whole[None]
-            for name, part in zip(torch_names(model)[path], parts, strict=True):
-                found[f"base_model.model.{name}.lora_{letter}.weight"] = part.T
-    return found
+    return found | adapters
 
 
 def mean_loss(model: Any, inputs: Arrays, name: str) -> jax.Array:
     batch, _ = case(inputs, name)
-    labels = jnp.asarray(inputs[f"{name}_labels"], jnp.int32)
+    own = f"{name}_labels"
+    labels = jnp.asarray(inputs[own if own in inputs else "labels"], jnp.int32)
     if model.head == "sequence":
         return classification_loss(classify(model, batch)[:, None], labels[:, None],
                                    jnp.ones((len(labels), 1))) / len(labels)
@@ -343,7 +378,10 @@ def mean_loss(model: Any, inputs: Arrays, name: str) -> jax.Array:
 
 def check_generation(model: Any, inputs: Arrays, outputs: Arrays) -> None:
     tokens, mask = inputs["gen_input_ids"], inputs.get("gen_attention_mask")
-    expected = outputs["gen_tokens"]
+    expected, positions = outputs["gen_tokens"], inputs.get("gen_position_ids")
+    if positions is not None:  # ours are counted over the real tokens
+        ours = np.asarray(causal_batch(tokens, mask).positions)[:, 0]
+        np.testing.assert_array_equal(ours[mask == 1], positions[mask == 1])
     count = expected.shape[1]
     out = generate(model, tokens, mask, max_new_tokens=count)
     np.testing.assert_array_equal(out.tokens, expected)
@@ -367,7 +405,8 @@ def check_adapter(folder: Path, inputs: Arrays, outputs: Arrays) -> None:
     load_adapter(model, folder / "adapter")
     check_forward(model, "right", batch, mask, outputs)
     check_losses(model, inputs, outputs)
-    check_generation(model, inputs, outputs)
+    if "gen_tokens" in outputs:
+        check_generation(model, inputs, outputs)
     merge(model)
     check_forward(model, "right", batch, mask, outputs)
     ours = released_tensors(model)

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from glm_jax.errors import UserError
+from glm_jax.nn.layers import Product
 
 Filter = Callable[[tuple[Any, ...], Any], bool]
 
@@ -20,11 +21,12 @@ Filter = Callable[[tuple[Any, ...], Any], bool]
 class Adapter(Protocol):
     """What a linear layer calls when it has an attribute `adapter`."""
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None
-                 ) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None,
+                 product: Product | None = None) -> jax.Array:
         """`[..., in]` to `[..., out]`: what the layer computes in place of `x kernel`.
 
-        `key` draws the dropout; none without.
+        `key` draws the dropout; none without. `product` multiplies rows with matrices that have a
+        leading axis of experts; then `kernel` and the adapter's own parameters have it.
         """
 
     def merged(self, kernel: jax.Array) -> jax.Array:

@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from glm_jax.adapters.targets import ALL_LINEAR, find, linears
+from glm_jax.adapters.targets import ALL_LINEAR, find, groups, linears
 from glm_jax.errors import UserError
+from glm_jax.nn.layers import Product
 from glm_jax.nn.matmul import matmul, rounds
 from glm_jax.parallel.mesh import constrain, make_mesh, sharding
 
@@ -72,18 +73,25 @@ class LoRAConfig:
 class LoRA(nnx.Module):
     """The adapter of one linear layer: parameters `lora_a [in, r]` and `lora_b [r, out]`.
 
-    Beside stacked layers both have the leading layer axis too.
+    Beside stacked layers, and experts, both have their leading axes too.
     """
 
-    def __init__(self, lora_a: jax.Array, lora_b: jax.Array, axes: tuple[str, str],
+    def __init__(self, lora_a: jax.Array, lora_b: jax.Array, axes: tuple[str, ...],
                  config: LoRAConfig):
-        self.axes, self.scale, self.dropout = axes, config.scale, config.lora_dropout
-        self.lora_a = nnx.Param(lora_a, axes=(axes[0], "rank"))
-        self.lora_b = nnx.Param(lora_b, axes=("rank", axes[1]))
+        self.axes, self.scale, self.dropout = axes[-2:], config.scale, config.lora_dropout
+        self.lora_a = nnx.Param(lora_a, axes=(*axes[:-1], "rank"))
+        self.lora_b = nnx.Param(lora_b, axes=(*axes[:-2], "rank", axes[-1]))
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None
-                 ) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None,
+                 product: Product | None = None) -> jax.Array:
         """`x [..., in]` through the layer's `kernel [in, out]` and the adapter: `[..., out]`."""
+        if product is not None:
+            scale, into = self.scale, x
+            if key is not None and self.dropout:
+                into = _dropped(x, dropout_mask(key, x.shape, self.dropout))
+                scale /= 1 - self.dropout
+            low = product(into, self.lora_a[...].astype(x.dtype))
+            return product(x, kernel) + scale * product(low, self.lora_b[...].astype(x.dtype))
         a = constrain(self.lora_a[...], self.axes[0], "rank", gathered=True)
         b = constrain(self.lora_b[...], "rank", self.axes[1], gathered=True)
         if key is not None and self.dropout:
@@ -216,26 +224,31 @@ def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, mesh: Mesh |
       UserError: for a target that matches no linear layer, or some layers of a stack only.
     """
     attach_to(find(model, config.target_modules, config.modules_to_save), config, seed=seed,
-              mesh=mesh, dtype=dtype)
+              mesh=mesh, dtype=dtype, shared=groups(model, config.target_modules))
 
 
 def attach_to(layers: Mapping[str, Any], config: LoRAConfig, *, seed: int = 0,
-              mesh: Mesh | None = None, dtype: Any = jnp.float32) -> None:
-    """`attach` on layers that are known, by path."""
+              mesh: Mesh | None = None, dtype: Any = jnp.float32,
+              shared: Iterable[tuple[str, ...]] = ()) -> None:
+    """`attach` on layers that are known, by path; those of a group in `shared` have one A."""
     if adapted := [path for path, layer in layers.items() if hasattr(layer, "adapter")]:
         raise UserError(f"lora: {adapted[0]} has an adapter already; merge or detach it first")
     mesh = mesh or mesh_of(layers.values())
     for path, layer in layers.items():
         *stack, inputs, outputs = layer.kernel.get_value().shape
-        into, out = layer.axes
+        *lead, into, out = layer.axes
         # On the host: compiling the generator of jax.random for every shape takes seconds.
         random = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
         bound = inputs ** -0.5  # kaiming_uniform_(a=sqrt(5)) of torch
         a = random.uniform(-bound, bound, (*stack, inputs, config.r)).astype(dtype)
         b = np.zeros((*stack, config.r, outputs), dtype)
-        layer.adapter = LoRA(jax.device_put(a, sharding((into, "rank"), a.shape, mesh)),
-                             jax.device_put(b, sharding(("rank", out), b.shape, mesh)),
+        layer.adapter = LoRA(jax.device_put(a, sharding((*lead, into, "rank"), a.shape, mesh)),
+                             jax.device_put(b, sharding((*lead, "rank", out), b.shape, mesh)),
                              layer.axes, config)
+    for first, *others in shared:
+        for path in others:
+            if path in layers:  # the same parameter: its gradient is the sum over the group
+                layers[path].adapter.lora_a = layers[first].adapter.lora_a
 
 
 def merge(model: nnx.Module) -> None:

@@ -7,7 +7,7 @@ Nothing in it depends on the machine, the time or the order of a set.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,20 @@ from jax.sharding import Mesh
 from safetensors.numpy import save
 
 from glm_jax.adapters.lora import LoRAConfig, attach_to
-from glm_jax.adapters.targets import find, linears, matches, torch_names, weight_table
-from glm_jax.convert.hf import flat, whole_folder
+from glm_jax.adapters.targets import (
+    find,
+    groups,
+    linears,
+    matches,
+    modules,
+    torch_names,
+    weight_table,
+)
+from glm_jax.convert.hf import flat, named_tensors, readers, tensor_shapes, whole_folder
 from glm_jax.convert.released import Released, read_json
 from glm_jax.errors import UserError
 from glm_jax.files import resolve
+from glm_jax.models.weights import Weight
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LABELS = "labels.json"
@@ -79,8 +88,7 @@ def save_adapter(model: Any, folder: str | Path, lora_config: LoRAConfig, *, bas
     labels = model.config.id2label if model.head != "lm" else None
     config = _adapter_config(model, lora_config, base)
     with whole_folder(Path(folder)) as partial:
-        tensors = dict(tensor for piece in _pieces(model, lora_config.modules_to_save)
-                       for tensor in piece.tensors())
+        tensors = adapter_tensors(model, lora_config.modules_to_save)
         (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(_json(config), encoding="utf-8")
         if labels:
@@ -113,26 +121,30 @@ def load_adapter(model: Any, folder: str | Path, *, mesh: Mesh | None = None,
         raise UserError(f"{folder / CONFIG}: task_type {TASKS[about.head]} needs a model with head "
                         f"{about.head!r}; this one's is {model.head!r}")
     config = about.config
-    shapes, read = _open(folder)
+    released = Released(folder, WEIGHTS, PICKLED)
     try:
         layers = find(model, config.target_modules, config.modules_to_save, strict=False)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    attach_to(layers, config, mesh=mesh, dtype=dtype)
-    pieces = _pieces(model, config.modules_to_save)
+    attach_to(layers, config, mesh=mesh, dtype=dtype, shared=groups(model, config.target_modules))
+    parameters, table = flat(model), _table(model, config.modules_to_save)
     try:
-        _check(folder, shapes, {name: piece.shape for piece in pieces for name in piece.names})
+        _check(released, table, parameters)
     except UserError:
         for layer in layers.values():
             del layer.adapter
         raise
-    for piece in pieces:
-        parts = [read(name) for name in piece.names]
-        whole = np.stack([part.T if piece.transpose else part for part in parts])
-        old = piece.param.get_value()
-        piece.param.set_value(
-            jax.device_put(whole.reshape(old.shape).astype(old.dtype), old.sharding))
+    for path, read in readers(released, table, parameters).items():
+        old = parameters[path].get_value()
+        whole = read((slice(None),) * old.ndim).astype(old.dtype)
+        parameters[path].set_value(jax.device_put(whole, old.sharding))
     return config
+
+
+def adapter_tensors(model: Any, saved: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """PEFT's names and arrays of a model's adapters and of its modules `saved`."""
+    return {name: np.ascontiguousarray(array)
+            for name, array in named_tensors(_table(model, saved), flat(model))}
 
 
 def inspect_adapter(folder: str | Path) -> AdapterFolder:
@@ -195,10 +207,19 @@ def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[st
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "layers_pattern": None, "layers_to_transform": None, "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": sorted(config.modules_to_save) or None, "peft_type": "LORA",
+        "modules_to_save": _written_saved(model, config.modules_to_save) or None,
+        "peft_type": "LORA",
         "r": config.r, "rank_pattern": {}, "revision": None, "target_modules": written,
         "task_type": TASKS[model.head], "use_dora": False, "use_rslora": config.use_rslora,
     }
+
+
+def _written_saved(model: Any, saved: tuple[str, ...]) -> list[str]:
+    """`modules_to_save` by PyTorch's names: ours are the same but for a few (`score`)."""
+    rows = [row for row in weight_table(model) if row.read]
+    own = {path.rpartition(".")[0]: row.name.rpartition(".")[0] for row in rows
+           for path in row.paths if not row.stacked}
+    return sorted(own.get(name, name) for name in saved)
 
 
 def _written_base(base: str | Path) -> str:
@@ -208,13 +229,19 @@ def _written_base(base: str | Path) -> str:
 
 def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
     """The shortest `target_modules` by which PEFT finds exactly the layers that have adapters."""
-    names = torch_names(model)
-    adapted = {path for path, layer in linears(model).items() if hasattr(layer, "adapter")}
+    names, layers = torch_names(model), linears(model)
+    adapted = {path for path, layer in layers.items() if hasattr(layer, "adapter")}
     if unnamed := sorted(adapted - names.keys()):
         raise UserError(f"{unnamed[0]} has no name of its own in PyTorch: PEFT can't hold its "
                         "adapter. Export the merged model")
-    whole = sorted(name for path in adapted for name in names[path])
-    ends = tuple(sorted({path.rpartition(".")[2] for path in adapted}))
+    for first, *others in modules(model):
+        if any(layers[path].adapter.lora_a is not layers[first].adapter.lora_a
+               for path in others if path in adapted):
+            raise UserError(f"{first} and {', '.join(others)} are one layer in PyTorch, named "
+                            f"{names[first][0]}: PEFT can't hold adapters of each. Target the one, "
+                            "or export the merged model")
+    whole = sorted({name for path in adapted for name in names[path]})
+    ends = tuple(sorted({name.rpartition(".")[2] for name in whole}))
     for written in (config.target_modules, ends):
         met = {name for path in names for name in names[path] if matches(written, name)
                and not matches(config.modules_to_save, name)}
@@ -223,47 +250,29 @@ def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
     return whole
 
 
-class _Piece(NamedTuple):
-    """One of our parameters and PEFT's tensors of it: one, or one for each layer of a stack."""
-
-    names: list[str]
-    param: Any
-    transpose: bool
-    stacked: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of each tensor."""
-        shape = self.param.get_value().shape[int(self.stacked):]
-        return shape[::-1] if self.transpose else shape
-
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        whole = np.asarray(self.param.get_value())
-        for name, part in zip(self.names, whole if self.stacked else whole[None], strict=True):
-            yield name, np.ascontiguousarray(part.T if self.transpose else part)
+def _table(model: Any, saved: tuple[str, ...]) -> list[Weight]:
+    """PEFT's names of all that the folder of a model with adapters holds: A, B, and `saved`."""
+    layers, parameters, rows = linears(model), flat(model), []
+    for paths, row in modules(model).items():
+        if hasattr(layers[paths[0]], "adapter"):
+            name = PREFIX + row.name.removesuffix(".weight")
+            a, b = ([f"{path}.adapter.lora_{letter}" for path in paths] for letter in "ab")
+            # One parameter has one path, whichever comes first.
+            rows.append(row._replace(name=f"{name}.lora_A.weight", heads=0,
+                                     path=next(path for path in a if path in parameters)))
+            rows.append(row._replace(name=f"{name}.lora_B.weight", path=tuple(b)))
+    return rows + [row._replace(name=PREFIX + row.name) for row in weight_table(model)
+                   if row.read and _saves(saved, row)]
 
 
-def _pieces(model: Any, modules: tuple[str, ...]) -> list[_Piece]:
-    """All that the folder of a model with adapters holds: A and B, and `modules` whole."""
-    pieces, layers, parameters = [], linears(model), flat(model)
-    for path, names in torch_names(model).items():
-        if hasattr(layers[path], "adapter"):
-            adapter = layers[path].adapter
-            for letter, param in (("A", adapter.lora_a), ("B", adapter.lora_b)):
-                pieces.append(_Piece([f"{PREFIX}{name}.lora_{letter}.weight" for name in names],
-                                     param, True, param.get_value().ndim == 3))
-    for row in weight_table(model):
-        if row.read and matches(modules, row.name.rpartition(".")[0]):
-            if len(row.paths) > 1:
-                raise UserError(f"modules_to_save: {row.name} is in parts here; not supported")
-            param = parameters[row.paths[0]]
-            names = [PREFIX + name for _, name in row.names(param.get_value().shape)]
-            pieces.append(_Piece(names, param, row.transpose, bool(row.stacked)))
-    return pieces
+def _saves(saved: tuple[str, ...], row: Weight) -> bool:
+    """Whether `modules_to_save` means the module of this row, by PyTorch's name or by ours."""
+    return any(matches(saved, name.rpartition(".")[0]) for name in (row.name, *row.paths))
 
 
-def _check(folder: Path, shapes: Mapping[str, tuple[int, ...]],
-           wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check(released: Released, table: list[Weight], parameters: Mapping[str, Any]) -> None:
+    wanted = {name: shape for row in table for name, shape in tensor_shapes(row, parameters)}
+    shapes = released.shapes
     faults = [f"missing: {name} {list(shape)}" for name, shape in wanted.items()
               if name not in shapes]
     faults += [f"unexpected: {name} {list(shape)}" for name, shape in shapes.items()
@@ -273,32 +282,8 @@ def _check(folder: Path, shapes: Mapping[str, tuple[int, ...]],
                if shapes.get(name, shape) != shape]
     if faults:
         more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise UserError(f"{folder}: the adapter does not fit this model:\n  "
+        raise UserError(f"{released.folder}: the adapter does not fit this model:\n  "
                         + "\n  ".join(faults[:10]) + more)
-
-
-Read = Callable[[str], np.ndarray]
-
-
-def _open(folder: Path) -> tuple[Mapping[str, tuple[int, ...]], Read]:
-    """Shapes by name, and the function that reads a tensor."""
-    if (folder / WEIGHTS).exists() or not (folder / PICKLED).exists():
-        if not (folder / WEIGHTS).exists():
-            raise UserError(f"{folder}: no weights: neither {WEIGHTS} nor {PICKLED} is there")
-        released = Released(folder, WEIGHTS)
-        return released.shapes, released.read
-    path = folder / PICKLED
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: reading a .bin file needs torch; install it, or save the adapter "
-                        "as safetensors") from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
-    except Exception as error:  # torch raises pickle's, zipfile's and its own
-        raise UserError(f"{path}: damaged, or not only tensors ({error})") from None
-    return {name: array.shape for name, array in arrays.items()}, arrays.__getitem__
 
 
 def _json(value: Any) -> str:

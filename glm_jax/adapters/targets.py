@@ -33,16 +33,34 @@ def weight_table(model: Any) -> list[Weight]:
 def torch_names(model: Any) -> dict[str, list[str]]:
     """What PyTorch calls each linear layer, by our path: a name for each layer of a stack.
 
-    Layers that a released checkpoint joins with others have no name.
+    Those that a released checkpoint joins (`query_key_value`) have one name together; one that it
+    has in parts has none.
     """
-    layers, names = linears(model), {}
+    layers = linears(model)
+    return {path: [name.removesuffix(".weight")
+                   for _, name in row.names(layers[path].kernel.get_value().shape)]
+            for paths, row in modules(model).items() for path in paths}
+
+
+def modules(model: Any) -> dict[tuple[str, ...], Weight]:
+    """The table row of each of PyTorch's linear layers, by our paths of what it joins."""
+    layers, found = linears(model), {}
     for row in weight_table(model):
-        kind = row.name.rpartition(".")[2]
-        path = row.paths[0].removesuffix(".kernel") if row.read else ""
-        if kind == "weight" and len(row.paths) == 1 and path in layers and row.part == (0, 1):
-            shape = layers[path].kernel.get_value().shape
-            names[path] = [name.removesuffix(".weight") for _, name in row.names(shape)]
-    return names
+        paths = tuple(path.removesuffix(".kernel") for path in row.paths)
+        if (row.read and row.name.endswith(".weight") and row.part == (0, 1)
+                and all(path in layers for path in paths)):
+            found[paths] = row
+    return found
+
+
+def groups(model: Any, target_modules: Target) -> list[tuple[str, ...]]:
+    """The layers, by path, that `target_modules` names together: their adapters share one A.
+
+    Those are the joined ones, unless it names a member by its own path.
+    """
+    return [paths for paths in modules(model) if len(paths) > 1
+            and (target_modules == ALL_LINEAR
+                 or not any(matches(target_modules, path) for path in paths))]
 
 
 def matches(target: Target, name: str) -> bool:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from glm_jax.convert.released import Released, read_json, write_safetensors
+from glm_jax.convert.released import Dequantised, Released, read_json, write_safetensors
 from glm_jax.errors import UserError
 from glm_jax.models import architecture_of, head_of
 from glm_jax.models.weights import Weight
@@ -29,6 +29,9 @@ from glm_jax.parallel.mesh import make_mesh, sharding
 _CHECKPOINT = re.compile(
     r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
     r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
+
+
+Source = Released | Dequantised
 
 
 def flat(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -45,7 +48,8 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
     Each device's part of each parameter is read by itself: no whole checkpoint is held.
 
     Args:
-      folder: holds `config.json` and safetensors files.
+      folder: holds `config.json` and safetensors files, or PyTorch's `.bin` files. Weights that
+        THUDM quantised (`quantization_bit`) are loaded as what they stand for.
       head: `lm`, `sequence` or `token`; by default the one that `config.json` names. Another
         classification head than that begins random, from `seed`, where the folder has none.
       dtype: what the model computes in; `param_dtype`, what it keeps: `dtype` by default.
@@ -68,9 +72,11 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
                         + (f"; is {near[0]!r} meant?" if near else ""))
     if "num_labels" in overrides:  # the file's names are of other classes
         raw.pop("id2label", None)
+    bits = raw.pop("quantization_bit", None) or 0
     config = architecture.config.from_dict({**raw, **overrides})
-    named = head_of(raw, architecture)
-    return assemble(architecture, config, head or named, Released(folder), dtype=dtype,
+    named, released = head_of(raw, architecture), Released(folder)
+    return assemble(architecture, config, head or named,
+                    Dequantised(released, bits) if bits else released, dtype=dtype,
                     param_dtype=param_dtype or dtype, mesh=mesh or make_mesh({"data": 1}),
                     seed=seed, named=named)
 
@@ -82,18 +88,26 @@ def init_model(architecture: Any, config: Any, head: str, *, dtype: Any = jnp.fl
                     mesh=mesh or make_mesh({"data": 1}), seed=seed)
 
 
-def assemble(architecture: Any, config: Any, head: str, released: Released | None, *, dtype: Any,
+def assemble(architecture: Any, config: Any, head: str, released: Source | None, *, dtype: Any,
              param_dtype: Any, mesh: Mesh, seed: int, named: str = "") -> Any:
     """Builds the module abstractly, then fills each parameter from the file or at random.
 
     `named` is the head of the folder; what another one needs besides begins random.
+
+    Raises:
+      UserError: for a head that Hugging Face has no class of, so that none could be exported.
     """
+    if architecture.classes and head not in architecture.classes:
+        raise UserError(f"{architecture.name} has no head {head!r}; it has "
+                        + ", ".join(architecture.classes))
     def build() -> Any:
         return architecture.model(config, head, dtype, rngs=nnx.Rngs(seed))
 
     model = nnx.eval_shape(build)
     abstract = flat(model)
     table = architecture.weights(config, head)
+    exact = exact_paths(model)
+    kept = {path: jnp.float32 if path in exact else param_dtype for path in abstract}
     random: set[str] = set(abstract)
     if released is not None:
         random = check(released, architecture, config, head, named or head, abstract)
@@ -103,19 +117,19 @@ def assemble(architecture: Any, config: Any, head: str, released: Released | Non
     if random:
         def draw() -> dict[str, jax.Array]:
             drawn = flat(build())
-            return {path: drawn[path].get_value().astype(param_dtype) for path in sorted(random)}
+            return {path: drawn[path].get_value().astype(kept[path]) for path in sorted(random)}
         initial = jax.jit(draw, out_shardings={path: shardings[path] for path in random})()
-    readers = _readers(released, table, abstract) if released is not None else {}
+    read = readers(released, table, abstract) if released is not None else {}
     for path, param in abstract.items():
         shape = param.get_value().shape
         param.set_value(initial[path] if path in random else
-                        _sharded(shape, shardings[path], readers[path], param_dtype))
+                        _sharded(shape, shardings[path], read[path], kept[path]))
     nnx.update(model, nnx.from_flat_state(
         [(tuple(path.split(".")), param) for path, param in abstract.items()]))
     return model
 
 
-def check(released: Released, architecture: Any, config: Any, head: str, named: str,
+def check(released: Source, architecture: Any, config: Any, head: str, named: str,
           abstract: dict[str, nnx.Param]) -> set[str]:
     """Holds a folder's tensors to the table; returns the parameters that must begin random.
 
@@ -131,14 +145,12 @@ def check(released: Released, architecture: Any, config: Any, head: str, named: 
     faults: list[str] = []
     random: set[str] = set()
     for row in tables[head]:
-        shapes = [abstract[path].get_value().shape for path in row.paths]
         if not row.read:
-            layers = (shapes or [(config.num_hidden_layers,)])[0]
+            layers = (abstract[row.paths[0]].get_value().shape if row.paths
+                      else (config.num_hidden_layers,))
             expected.update(name for _, name in row.names(layers))
             continue
-        parts = [row.released(shape) for shape in shapes]
-        shape = (sum(part[0] for part in parts), *parts[0][1:])
-        for _, name in row.names(shapes[0]):
+        for name, shape in tensor_shapes(row, abstract):
             expected.add(name)
             if name not in released.shapes:
                 if row.name in promised:
@@ -158,11 +170,20 @@ def check(released: Released, architecture: Any, config: Any, head: str, named: 
     return random
 
 
+def tensor_shapes(row: Weight, parameters: Mapping[str, nnx.Param]
+                  ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The released names and the shape of a row's tensors."""
+    shapes = [parameters[path].get_value().shape for path in row.paths]
+    parts = [row.released(shape) for shape in shapes]
+    for _, name in row.names(shapes[0]):
+        yield name, (sum(part[0] for part in parts), *parts[0][1:])
+
+
 Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
 
-def _readers(released: Released, table: list[Weight], abstract: dict[str, nnx.Param]
-             ) -> dict[str, Reader]:
+def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]
+            ) -> dict[str, Reader]:
     """For each of our parameters, the function that reads any slice of it."""
     sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
     for row in filter(lambda row: row.read, table):
@@ -174,7 +195,7 @@ def _readers(released: Released, table: list[Weight], abstract: dict[str, nnx.Pa
             for path, rows in sources.items()}
 
 
-def _read(released: Released, sources: list[tuple[Weight, int, list[int]]],
+def _read(released: Source, sources: list[tuple[Weight, int, list[int]]],
           shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one of our parameters, of this whole shape, from the tensors that make it up."""
     stacked, transpose = sources[0][0].stacked, sources[0][0].transpose
@@ -217,19 +238,40 @@ def _sharded(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Reader,
     return jax.make_array_from_callback(shape, where, part)
 
 
+def exact_paths(model: Any) -> set[str]:
+    """The parameters that stay float32 whatever the others are kept in."""
+    table = architecture_of(model.config.to_dict()).weights(model.config, model.head)
+    return {path for row in table if row.exact for path in row.paths}
+
+
+def main_dtype(model: Any) -> np.dtype:
+    """What a model's parameters are kept in, but for the few that stay float32."""
+    return min((p.get_value().dtype for p in flat(model).values()), key=lambda d: d.itemsize)
+
+
 def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """The released names and arrays of a model, one at a time, in the order of the table."""
     architecture = architecture_of(model.config.to_dict())
+    table = architecture.weights(model.config, model.head)
+    main, layers = np.dtype(dtype or main_dtype(model)), (model.config.num_hidden_layers,)
     parameters = flat(model)
-    for row in architecture.weights(model.config, model.head):
+    for row in table:
+        if row.constant is not None:
+            constant = row.constant(main) if callable(row.constant) else row.constant
+            yield from ((name, constant) for _, name in row.names(layers))
+            continue
+        for name, array in named_tensors([row], parameters):
+            yield name, array if row.exact or dtype is None else array.astype(dtype)
+
+
+def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
+                  ) -> Iterator[tuple[str, np.ndarray]]:
+    """The released names and arrays of these rows, one at a time."""
+    for row in table:
         arrays = [parameters[path].get_value() for path in row.paths]
-        shape = arrays[0].shape if arrays else (model.config.num_hidden_layers,)
-        for place, name in row.names(shape):
-            if row.constant is not None:
-                yield name, row.constant
-                continue
-            joined = row.join([np.asarray(array[place] if place else array) for array in arrays])
-            yield name, joined if dtype is None else joined.astype(dtype)
+        for place, name in row.names(arrays[0].shape):
+            yield name, row.join([np.asarray(array[place] if place else array)
+                                  for array in arrays])
 
 
 def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
@@ -247,8 +289,7 @@ def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
     config["architectures"] = [architecture.classes[model.head]]
     with whole_folder(Path(folder)) as partial:
         write_safetensors(partial, tensors(model, dtype), max_shard_bytes)
-        kept = np.dtype(dtype or flat(model)["norm.scale"].get_value().dtype).name
-        config["torch_dtype"] = kept
+        config["torch_dtype"] = np.dtype(dtype or main_dtype(model)).name
         (partial / "config.json").write_text(
             json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
         for name, content in (files or {}).items():

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from glm_jax.errors import UserError
-from glm_jax.models import conv_rnn, glm
+from glm_jax.models import chatglm, conv_rnn, glm, glm4, glm4_moe
 from glm_jax.models.config import Config
+from glm_jax.models.decoder import Decoder
 from glm_jax.models.weights import Weight
 
 
@@ -33,9 +34,22 @@ class Architecture(NamedTuple):
 REGISTRY = (
     Architecture(
         "glm", lambda c: c.get("model_type") == "glm" and "num_hidden_layers" in c,
-        glm.GlmConfig, glm.Glm, glm.weights,
+        glm.GlmConfig, Decoder, glm.weights,
         {"lm": "GlmForCausalLM", "sequence": "GlmForSequenceClassification",
          "token": "GlmForTokenClassification"}),
+    Architecture(
+        "glm4", lambda c: c.get("model_type") == "glm4",
+        glm4.Glm4Config, Decoder, glm.weights,
+        {"lm": "Glm4ForCausalLM", "sequence": "Glm4ForSequenceClassification",
+         "token": "Glm4ForTokenClassification"}),
+    Architecture(
+        "glm4_moe", lambda c: c.get("model_type") == "glm4_moe",
+        glm4_moe.Glm4MoeConfig, Decoder, glm4_moe.weights, {"lm": "Glm4MoeForCausalLM"},
+        glm4_moe.ignored),
+    Architecture(
+        "chatglm", lambda c: c.get("model_type") == "chatglm" and "multi_query_group_num" in c,
+        chatglm.ChatGLMConfig, Decoder, chatglm.weights,
+        {"lm": "ChatGLMModel", "sequence": "ChatGLMForSequenceClassification"}),
     Architecture(
         "conv_rnn", lambda c: c.get("model_type") == "conv_rnn",
         conv_rnn.ConvRNNConfig, conv_rnn.ConvRNN, conv_rnn.weights, {}),

@@ -37,14 +37,19 @@ class Config:
           UserError: for a value that this library does not compute, or of a wrong type.
         """
         raw = dict(raw)
-        rope = dict(raw.pop("rope_parameters", None) or {})
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(name), Mapping | None):
+                raise UserError(f"config.json: {name} must be a table, not {raw[name]!r}")
+        rope = {**(raw.get("rope_scaling") or {}), **(raw.pop("rope_parameters", None) or {})}
         if rope:
-            kind = rope.pop("rope_type", "default")
+            kind = rope.pop("type", "default")
+            kind = rope.pop("rope_type", kind)
             for name in ("rope_theta", "partial_rotary_factor"):
                 if name in rope:
                     raw[name] = rope.pop(name)
-            if kind != "default":
-                raw["rope_scaling"] = {"rope_type": kind, **rope}
+            # Both of its names, which transformers has read at one time or another.
+            raw["rope_scaling"] = (None if kind == "default" else
+                                   {"type": kind, "rope_type": kind, **rope})
         if "dtype" in raw:
             raw["torch_dtype"] = raw.pop("dtype")
         raw.pop("label2id", None)  # says nothing else, and is written from id2label

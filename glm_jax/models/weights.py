@@ -5,7 +5,7 @@ knows a foreign name.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,9 @@ class Weight(NamedTuple):
       heads: when not 0, joined head by head: the rows of a head from each path in turn.
       first: the number of the first layer of this stack.
       copy: holds what another row reads already (a tied head): written, but never read.
-      constant: what the tensor always is (a buffer): written, but never read; then no path.
+      constant: what the tensor always is (a buffer): written, but never read; then no path. A
+        function makes it for the dtype that the model is written in.
+      exact: our parameter stays float32 whatever the model is kept in.
     """
 
     name: str
@@ -34,7 +36,8 @@ class Weight(NamedTuple):
     heads: int = 0
     first: int = 0
     copy: bool = False
-    constant: np.ndarray | None = None
+    constant: np.ndarray | Callable[[np.dtype], np.ndarray] | None = None
+    exact: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -10,25 +10,33 @@ from flax import nnx
 from glm_jax.nn.matmul import matmul
 from glm_jax.parallel.mesh import constrain
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (x, kernel) to x times kernel
+
 UNROLLED = 8  # so many layers, or fewer, are compiled one by one on a single device
 
 
 class Linear(nnx.Module):
     """y = x W + b, with an optional adapter (see glm_jax/adapters) that stands in for x W.
 
-    Parameters: `kernel [in, out]`, `bias [out]`; their logical axes are `axes`.
+    Parameters: `kernel [in, out]`, `bias [out]`; their logical axes are `axes`. With `experts`
+    there is a kernel for each, `[experts, in, out]`, and the caller gives the product.
     """
 
-    def __init__(self, in_features: int, out_features: int, axes: tuple[str, str], *,
-                 bias: bool = False, std: float = 0.02, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, axes: tuple[str, ...], *,
+                 bias: bool = False, experts: int = 0, std: float = 0.02, rngs: nnx.Rngs):
         self.axes = axes
-        shape = (in_features, out_features)
+        shape = (*[experts] * bool(experts), in_features, out_features)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
         if bias:
             self.bias = nnx.Param(jnp.zeros(out_features), axes=axes[1:])
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None,
+                 product: Product | None = None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`; `key` is for an adapter's dropout."""
+        if product is not None:  # nothing to pin: each device has its own experts by now
+            kernel = self.kernel[...].astype(x.dtype)
+            return (self.adapter(x, kernel, key, product) if hasattr(self, "adapter")
+                    else product(x, kernel))
         kernel = constrain(self.kernel[...].astype(x.dtype), *self.axes, gathered=True)
         y = self.adapter(x, kernel, key) if hasattr(self, "adapter") else matmul(x, kernel)
         if hasattr(self, "bias"):

@@ -28,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
+    "experts": "expert",
     "norm": None,
     "rank": None,
     "labels": None,

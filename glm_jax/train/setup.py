@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from glm_jax.adapters import lora, partition
-from glm_jax.convert.hf import init_model, load_model
+from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.packing import Shape
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
@@ -134,10 +134,11 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
     graphdef, trainable, frozen = partition(model, config.trainable)
     if lora_config is not None:
         check_exportable(trainable, lora_config)
-    dtype = dtype_of(config)
+    dtype, exact = dtype_of(config), exact_paths(model)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    frozen = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating)
-                          else x, frozen)
+    frozen = nnx.map_state(
+        lambda path, x: x if ".".join(map(str, path)) in exact else jax.tree.map(
+            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, x), frozen)
     return Parts(graphdef, trainable, frozen, lora_config)
 
 

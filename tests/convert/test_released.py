@@ -38,7 +38,7 @@ def test_reads_names_shapes_and_slices(tmp_path, write):
 
 
 def no_weights(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "tf_model.h5").write_bytes(b"")
 
 
 def missing_shard(folder):

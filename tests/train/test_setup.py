@@ -2,8 +2,13 @@
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from glm_jax.convert.hf import init_model, save_model
+from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
+from glm_jax.models import architecture_of
+from glm_jax.parallel.mesh import make_mesh
 from glm_jax.train import setup
 from glm_jax.train.step import by_path
 
@@ -118,3 +123,21 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a file, not a folder"):
         setup.check_same_run(tmp_path / "file", {"seed": 1})
+
+
+def test_a_routers_bias_is_not_rounded_with_the_rest(smoke, base, tmp_path):
+    raw = {"model_type": "glm4_moe", "vocab_size": 320, "hidden_size": 16, "intermediate_size": 16,
+           "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+           "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 8, "pad_token_id": 5}
+    architecture, tokenizer = architecture_of(raw), load_tokenizer(base)
+    model = init_model(architecture, architecture.config.from_dict(raw), "lm")
+    model.layers.mlp.gate.e_score_correction_bias.set_value(jnp.full((1, 4), 0.1234567))
+    save_model(model, tmp_path / "moe", files=tokenizer.files)
+    config = smoke(**{"model.path": str(tmp_path / "moe"), "model.dtype": "bfloat16",
+                      "adapter.targets": ("q_proj",), "trainable": ("adapter",)})
+    parts = setup.make_parts(config, "lm", (), make_mesh({"data": 1}), tokenizer)
+    frozen = {".".join(map(str, path)): param.get_value()
+              for path, param in nnx.to_flat_state(parts.frozen)}
+    assert frozen["layers.mlp.gate.e_score_correction_bias"][0, 0] == jnp.float32(0.1234567)
+    assert frozen["layers.mlp.gate.kernel"].dtype == jnp.bfloat16

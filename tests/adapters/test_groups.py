@@ -1,0 +1,136 @@
+"""Adapters of layers that PyTorch joins (`query_key_value`), or has for each expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from glm_jax.adapters import partition
+from glm_jax.adapters.lora import LoRAConfig, attach, merged
+from glm_jax.adapters.peft import adapter_tensors, inspect_adapter, load_adapter, save_adapter
+from glm_jax.convert.hf import flat, save_model
+from glm_jax.errors import UserError
+from glm_jax.nn.batch import causal_batch
+
+CHATGLM = {"model_type": "chatglm", "padded_vocab_size": 96, "hidden_size": 32,
+           "ffn_hidden_size": 48, "num_layers": 3, "num_attention_heads": 4, "kv_channels": 8,
+           "multi_query_group_num": 2, "tie_word_embeddings": False}
+MOE = {"model_type": "glm4_moe", "num_hidden_layers": 3, "n_routed_experts": 4, "head_dim": 8,
+       "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False,
+       "attention_bias": True}
+TOKENS = np.random.default_rng(0).integers(2, 90, (3, 8))
+FUSED = "base_model.model.transformer.encoder.layers.{}.self_attention.query_key_value.lora_{}"
+SHARED = "layers.self_attn.k_proj.adapter.lora_a"
+
+
+@jax.jit
+def logits(model):
+    return model.logits(model(causal_batch(TOKENS))[0])
+
+
+@pytest.fixture
+def chatglm(make, shake):
+    def build(targets, head="lm", **config):
+        model = make(head, **CHATGLM, **({"num_labels": 3} if head == "sequence" else {}))
+        attach(model, LoRAConfig(r=4, target_modules=targets, **config))
+        shake(model)
+        return model
+    return build
+
+
+@pytest.mark.parametrize("targets", [("query_key_value",), "all-linear",
+                                     r".*\.(query_key_value|dense)"])
+def test_a_group_has_one_a_and_the_file_of_one_layer(chatglm, make, tmp_path, targets):
+    model = chatglm(targets)
+    own = [path for path in flat(model) if path.endswith("self_attn.q_proj.adapter.lora_a")
+           or path.endswith("k_proj.adapter.lora_a") or path.endswith("v_proj.adapter.lora_a")]
+    assert own == [SHARED]
+    config = LoRAConfig(r=4, target_modules=targets)
+    save_adapter(model, tmp_path / "out", config, base="base")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert found[FUSED.format(2, "A.weight")].shape == (4, 32)
+    assert found[FUSED.format(2, "B.weight")].shape == (32 + 16 + 16, 4)
+    again = make(**CHATGLM)
+    assert load_adapter(again, tmp_path / "out").r == 4
+    np.testing.assert_allclose(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+    assert adapter_tensors(again).keys() == found.keys()
+
+
+def test_a_group_adapts_the_joined_matrix(chatglm):
+    """W + s B A of the joined W is what the members merge to; the base's own rows are the rest."""
+    model = chatglm(("query_key_value",))
+    np.testing.assert_allclose(logits(merged(model)), logits(model), rtol=1e-4, atol=1e-4)
+    found, layer = adapter_tensors(model), model.layers.self_attn
+    delta = 2.0 * found[FUSED.format(1, "B.weight")] @ found[FUSED.format(1, "A.weight")]
+    parts = [np.asarray(getattr(merged(model).layers.self_attn, n).kernel[1]
+                        - getattr(layer, n).kernel[1]).T for n in ("q_proj", "k_proj", "v_proj")]
+    np.testing.assert_allclose(np.concatenate(parts), 8 / 4 / 2 * delta, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_the_one_a_is_the_sum_over_the_group(chatglm):
+    apart, joined = chatglm(("q_proj", "k_proj", "v_proj")), chatglm(("query_key_value",))
+    one = joined.layers.self_attn.q_proj.adapter.lora_a.get_value()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(apart.layers.self_attn, name).adapter.lora_a.set_value(one)
+
+    def gradient(model):
+        graphdef, trainable, frozen = partition(model, ("adapter",))
+        found = jax.jit(jax.grad(lambda t: jnp.square(logits.__wrapped__(
+            nnx.merge(graphdef, t, frozen, copy=True))).mean()))(trainable)
+        return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(found)}
+    ours, theirs = gradient(joined), gradient(apart)
+    assert len(ours) == 4 and len(theirs) == 6
+    total = sum(theirs[SHARED.replace("k_proj", name)] for name in ("q_proj", "k_proj", "v_proj"))
+    np.testing.assert_allclose(ours[SHARED], total, rtol=1e-3, atol=1e-5 * np.abs(total).max())
+
+
+def test_members_alone_have_no_file(chatglm, tmp_path):
+    with pytest.raises(UserError, match=r"are one layer in PyTorch, named .*query_key_value"):
+        save_adapter(chatglm(("q_proj", "v_proj")), tmp_path / "out",
+                     LoRAConfig(r=4, target_modules=("q_proj", "v_proj")), base="base")
+
+
+def test_a_classifier_of_chatglm_is_saved_by_its_name(chatglm, make, tmp_path):
+    config = LoRAConfig(r=4, target_modules=("query_key_value",), modules_to_save=("score",))
+    model = chatglm(("query_key_value",), "sequence", modules_to_save=("score",))
+    save_adapter(model, tmp_path / "out", config, base="base")
+    assert "classifier_head" in inspect_adapter(tmp_path / "out").config.modules_to_save
+    again = make("sequence", **CHATGLM, num_labels=3)
+    again.score.kernel.set_value(jnp.zeros_like(again.score.kernel.get_value()))
+    load_adapter(again, tmp_path / "out")
+    np.testing.assert_array_equal(again.score.kernel[...], model.score.kernel[...])
+    np.testing.assert_array_equal(again.score.bias[...], model.score.bias[...])
+
+
+def test_experts_have_files_of_their_own(make, shake, tmp_path):
+    model, config = make(**MOE), LoRAConfig(r=2, target_modules=("down_proj",))
+    attach(model, config)
+    shake(model)
+    save_adapter(model, tmp_path / "out", config, base="base")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.mlp.experts.{}.down_proj.lora_B.weight"
+    b = np.asarray(model.layers.mlp.experts.down_proj.adapter.lora_b.get_value())
+    for layer, expert in ((1, 0), (2, 3)):
+        np.testing.assert_array_equal(found[name.format(layer, expert)], b[layer - 1, expert].T)
+    again = make(**MOE)
+    load_adapter(again, tmp_path / "out")
+    np.testing.assert_allclose(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_peft_loads_an_adapter_of_a_mixture(make, shake, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import transformers
+    targets = ("q_proj", "o_proj")  # peft moves those of experts to where transformers 5 has them
+    model, config = make(**MOE), LoRAConfig(r=2, target_modules=targets)
+    save_model(model, tmp_path / "base")
+    attach(model, config)
+    shake(model)
+    save_adapter(model, tmp_path / "out", config, base=tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base",
+                                                               attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits(model), wanted, rtol=1e-3, atol=1e-3)
