@@ -33,3 +33,22 @@ def test_scores_depend_on_distance_only():
         return (rotated(query, [[i]], 8) * rotated(key, [[j]], 8)).sum()
     np.testing.assert_allclose(score(3, 1), score(103, 101), rtol=1e-4)
     assert abs(score(3, 1) - score(1, 3)) > 1e-2
+
+
+@pytest.mark.parametrize("more", [{}, {"beta_fast": 4, "beta_slow": 2}, {"truncate": False},
+                                  {"attention_factor": 1.25}])
+@pytest.mark.parametrize(("dim", "context"), [(16, 64), (64, 32768), (8, 8)])
+def test_yarn_is_that_of_transformers(dim, context, more):
+    from transformers import Glm4Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from glm_jax.nn.rotary import yarn
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": context,
+               **more}
+    config = Glm4Config(head_dim=dim, max_position_embeddings=4 * context, rope_parameters={
+        **scaling, "rope_theta": 10000.0, "partial_rotary_factor": 1.0})
+    theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    shares, ours = yarn(dim, 10000.0, scaling)
+    plain = 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    np.testing.assert_allclose(shares * plain, theirs.numpy(), rtol=1e-5)
+    assert ours == pytest.approx(factor)
