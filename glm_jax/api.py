@@ -20,7 +20,8 @@ from glm_jax.errors import UserError
 from glm_jax.infer.generate import Generation, check_tokens
 from glm_jax.infer.generate import generate as generate_tokens
 from glm_jax.infer.sampling import sampling
-from glm_jax.nn.batch import Array, causal_batch
+from glm_jax.models import architecture_of, as_batch
+from glm_jax.nn.batch import Array
 from glm_jax.parallel.mesh import make_mesh, use_mesh_of
 
 __all__ = ["forward", "from_pretrained", "generate", "load_tokenizer", "save_pretrained"]
@@ -75,7 +76,8 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
     Returns:
       `[batch, length, vocabulary]` of a language model, `[batch, length, labels]` of a token
       classifier, `[batch, labels]` of a sequence classifier: those at the rightmost token that
-      is not the padding token.
+      is not the padding token, or of BERT at the first that is not masked. Hidden states of a
+      model without a head.
 
     Raises:
       UserError: for rows without tokens, or ids outside the vocabulary.
@@ -86,6 +88,8 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
         logits = _forward(graphdef, state, rows, mask)
     if model.head != "sequence":
         return logits
+    if architecture_of(model.config.to_dict()).pool == "first":
+        return logits[np.arange(len(rows)), np.argmax(mask, axis=1)]
     pad = model.config.pad_token_id
     if pad is None and len(rows) > 1:
         raise UserError("the config has no pad_token_id, which tells where each row ends: "
@@ -97,7 +101,7 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    hidden, _ = model(causal_batch(tokens, mask))
+    hidden, _ = model(as_batch(model.config, tokens, mask))
     return model.logits(hidden)
 
 

@@ -23,6 +23,7 @@ from glm_jax.convert.hf import flat, whole_folder
 from glm_jax.convert.released import Released, read_json
 from glm_jax.errors import UserError
 from glm_jax.files import resolve
+from glm_jax.models.weights import Weight
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LABELS = "labels.json"
@@ -195,7 +196,7 @@ def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[st
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "layers_pattern": None, "layers_to_transform": None, "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": sorted(config.modules_to_save) or None, "peft_type": "LORA",
+        "modules_to_save": _written_modules(model, config) or None, "peft_type": "LORA",
         "r": config.r, "rank_pattern": {}, "revision": None, "target_modules": written,
         "task_type": TASKS[model.head], "use_dora": False, "use_rslora": config.use_rslora,
     }
@@ -204,6 +205,17 @@ def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[st
 def _written_base(base: str | Path) -> str:
     path = Path(base)
     return Path(os.path.relpath(path) if path.is_absolute() else path).as_posix()
+
+
+def _modules(row: Weight) -> list[str]:
+    """What PyTorch and we call the module of a weight."""
+    return [name.rpartition(".")[0] for name in (row.name, *row.paths)]
+
+
+def _written_modules(model: Any, config: LoRAConfig) -> list[str]:
+    """PyTorch's names of the modules that train whole."""
+    named = {ours: theirs for theirs, *own in map(_modules, weight_table(model)) for ours in own}
+    return sorted(named.get(module, module) for module in config.modules_to_save)
 
 
 def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
@@ -253,7 +265,7 @@ def _pieces(model: Any, modules: tuple[str, ...]) -> list[_Piece]:
                 pieces.append(_Piece([f"{PREFIX}{name}.lora_{letter}.weight" for name in names],
                                      param, True, param.get_value().ndim == 3))
     for row in weight_table(model):
-        if row.read and matches(modules, row.name.rpartition(".")[0]):
+        if row.read and any(matches(modules, name) for name in _modules(row)):
             if len(row.paths) > 1:
                 raise UserError(f"modules_to_save: {row.name} is in parts here; not supported")
             param = parameters[row.paths[0]]

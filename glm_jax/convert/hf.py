@@ -46,8 +46,9 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
 
     Args:
       folder: holds `config.json` and safetensors files.
-      head: `lm`, `sequence` or `token`; by default the one that `config.json` names. Another
-        classification head than that begins random, from `seed`, where the folder has none.
+      head: one of the architecture's (`lm`, `sequence`, `token` …); by default the one that
+        `config.json` names. What another head needs begins random, from `seed`, where the folder
+        has none.
       dtype: what the model computes in; `param_dtype`, what it keeps: `dtype` by default.
       mesh: where the parameters lie; one device by default.
       overrides: config fields that replace those of the file (`id2label=…`).
@@ -93,9 +94,10 @@ def assemble(architecture: Any, config: Any, head: str, released: Released | Non
 
     model = nnx.eval_shape(build)
     abstract = flat(model)
-    table = architecture.weights(config, head)
+    table = plain_table(architecture, config, head)
     random: set[str] = set(abstract)
     if released is not None:
+        released = _Plain(released, architecture.plain)
         random = check(released, architecture, config, head, named or head, abstract)
     shardings = {path: sharding(p.get_metadata("axes"), p.get_value().shape, mesh)
                  for path, p in abstract.items()}
@@ -115,6 +117,24 @@ def assemble(architecture: Any, config: Any, head: str, released: Released | Non
     return model
 
 
+class _Plain(Released):
+    """The tensors of `released` by their plain names (see `Architecture`)."""
+
+    def __init__(self, released: Released, plain: Callable[[str], str]):
+        self.folder, self._released = released.folder, released
+        self._names = {plain(name): name for name in released.shapes}
+        self.shapes = {name: released.shapes[own] for name, own in self._names.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self._released.read(self._names[name], index)
+
+
+def plain_table(architecture: Any, config: Any, head: str) -> list[Weight]:
+    """The weight table with plain names."""
+    return [row._replace(name=architecture.plain(row.name))
+            for row in architecture.weights(config, head)]
+
+
 def check(released: Released, architecture: Any, config: Any, head: str, named: str,
           abstract: dict[str, nnx.Param]) -> set[str]:
     """Holds a folder's tensors to the table; returns the parameters that must begin random.
@@ -124,7 +144,8 @@ def check(released: Released, architecture: Any, config: Any, head: str, named: 
     Raises:
       UserError: listing what is missing, unexpected and mis-shaped.
     """
-    tables = {h: architecture.weights(config, h) for h in {head, named, *architecture.classes}}
+    tables = {h: plain_table(architecture, config, h)
+              for h in {head, named, *architecture.classes}}
     promised = {row.name for row in tables[named]}
     # What other heads have may lie there; it is not read.
     expected = {row.name for table in tables.values() for row in table if not row.stacked}
@@ -247,7 +268,7 @@ def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
     config["architectures"] = [architecture.classes[model.head]]
     with whole_folder(Path(folder)) as partial:
         write_safetensors(partial, tensors(model, dtype), max_shard_bytes)
-        kept = np.dtype(dtype or flat(model)["norm.scale"].get_value().dtype).name
+        kept = np.dtype(dtype or flat(model)["embed_tokens.embedding"].get_value().dtype).name
         config["torch_dtype"] = kept
         (partial / "config.json").write_text(
             json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

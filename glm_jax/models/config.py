@@ -17,6 +17,8 @@ class Config:
       id2label: names of the classes, by id; the number of classes follows from it.
       extra: fields of the file that the model does not use, kept for the way back.
       supported: the values that a field may have where we compute only some of them.
+      streams: how many positions a token has. With two, the first stays and the second counts
+        in what is generated, behind `start_token_id`.
     """
 
     # Out of the hash, since a dict has none: a module's static part must be hashable for jit.
@@ -25,6 +27,7 @@ class Config:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    streams: ClassVar[int] = 1
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:

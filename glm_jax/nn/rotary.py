@@ -34,3 +34,10 @@ def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Arra
     rotated = jnp.stack((even * cos - odd * sin, odd * cos + even * sin), axis=-1)
     rotated = rotated.reshape(*x.shape[:-1], dim)
     return rotated if dim == x.shape[-1] else jnp.concatenate((rotated, x[..., dim:]), axis=-1)
+
+
+def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + dim / 2}) of all features; arguments as above."""
+    cos, sin = (t.astype(x.dtype)[:, :, None, :] for t in (cos, sin))
+    low, high = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
