@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 
 import glm_jax
 from glm_jax.adapters.lora import merge
@@ -194,11 +195,23 @@ def check_model(folder: Path, inputs: Arrays, outputs: Arrays, **fields: Any) ->
         expected = f"{name}_prefill" if name == "gen" else name
         if not check_forward(model, expected, batch, mask, outputs) and name != "gen":
             check_padding(model, batch, mask)
+    check_export(folder, model)
     check_losses(model, inputs, outputs)
     if "gen_tokens" in outputs:
         check_generation(model, inputs, outputs)
     if "choice_logprobs" in outputs:
         check_choices(model, inputs, outputs)
+
+
+def check_export(folder: Path, model: Any) -> None:
+    """What we would write is what was read: the same names, and the same bytes."""
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    ours = dict(tensors(model))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
 def special_ids(folder: Path, inputs: Arrays) -> dict[str, int]:

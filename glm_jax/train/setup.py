@@ -123,10 +123,12 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
         if config.model.init != "pretrained":
             raise UserError("an adapter on random weights could not be loaded again: use "
                             "model.init='pretrained', or adapter.name=''")
+        # BERT's pooler may have begun random too, where the folder has none.
+        saved = tuple(name for name in ("pooler", "score") if labels and hasattr(model, name))
         lora_config = lora.LoRAConfig(
             r=config.adapter.r, lora_alpha=config.adapter.alpha,
             lora_dropout=config.adapter.dropout, target_modules=tuple(config.adapter.targets),
-            use_rslora=config.adapter.rslora, modules_to_save=("score",) if labels else ())
+            use_rslora=config.adapter.rslora, modules_to_save=saved)
         lora.attach(model, lora_config, seed=config.seed, mesh=mesh)
     elif config.adapter.name:
         raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
