@@ -21,7 +21,7 @@ from glm_jax.infer.generate import Generation, check_tokens
 from glm_jax.infer.generate import generate as generate_tokens
 from glm_jax.infer.sampling import sampling
 from glm_jax.models import architecture_of, as_batch
-from glm_jax.nn.batch import Array
+from glm_jax.nn.batch import Array, Batch
 from glm_jax.parallel.mesh import make_mesh, use_mesh_of
 
 __all__ = ["forward", "from_pretrained", "generate", "load_tokenizer", "save_pretrained"]
@@ -80,12 +80,12 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
       model without a head.
 
     Raises:
-      UserError: for rows without tokens, or ids outside the vocabulary.
+      UserError: for rows without tokens, ids outside the vocabulary, or too many tokens.
     """
     rows, mask = check_tokens(model.config, tokens, attention_mask)
     graphdef, state = nnx.split(model)
     with use_mesh_of(state):
-        logits = _forward(graphdef, state, rows, mask)
+        logits = _forward(graphdef, state, as_batch(model.config, rows, mask))
     if model.head != "sequence":
         return logits
     if architecture_of(model.config.to_dict()).pool == "first":
@@ -99,10 +99,9 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def _forward(graphdef: Any, state: Any, batch: Batch) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    hidden, _ = model(as_batch(model.config, tokens, mask))
-    return model.logits(hidden)
+    return model.logits(model(batch)[0])
 
 
 def generate(model: Any, prompt: str | Sequence[Any] | Array,

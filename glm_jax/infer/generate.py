@@ -75,7 +75,7 @@ def generate(model: Any, tokens: Array, attention_mask: Array | None = None, *,
     how = how or Sampling()
     rows, mask = _right_aligned(*check_tokens(model.config, tokens, attention_mask))
     if model.config.streams == 2:
-        check_start(model.config, rows)
+        check_start(model.config, rows, mask, max_new_tokens)
     stop = Stop(jnp.asarray(list(stop_ids), jnp.int32), jnp.int32(pad_id),
                 jnp.int32(max_new_tokens))
     size = bucket(max_new_tokens)
@@ -116,8 +116,8 @@ def check_tokens(config: Any, tokens: Array, attention_mask: Array | None
     return given.astype(np.int32), mask
 
 
-def check_start(config: Any, rows: np.ndarray) -> None:
-    """Raises a UserError unless each row holds the token behind which a blank is filled."""
+def check_start(config: Any, rows: np.ndarray, mask: np.ndarray, more: int) -> None:
+    """Raises a UserError unless each row has a start of its answer, and positions for it."""
     start = config.start_token_id
     if start is None:
         raise UserError("the config doesn't say which tokens start and mark a blank: "
@@ -125,6 +125,7 @@ def check_start(config: Any, rows: np.ndarray) -> None:
     if not (has := (rows == start).any(axis=1)).all():
         raise UserError(f"row {int(np.argmin(has))} has no <sop> (token {start}): a prompt for "
                         "this model is a text with a mask token, then <sop>")
+    as_batch(config, *(np.pad(x, ((0, 0), (0, more)), constant_values=1) for x in (rows, mask)))
 
 
 def _right_aligned(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.errors import UserError
-from glm_jax.models.config import Config
+from glm_jax.models.config import MultiHeadConfig
 from glm_jax.models.weights import Weight, linear, norm
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch, bidirectional_batch
@@ -28,7 +28,7 @@ CLASSES = {"base": "BertModel", "mlm": "BertForMaskedLM",
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig(Config):
+class BertConfig(MultiHeadConfig):
     """Fields and defaults of the released `config.json`."""
 
     model_type: str = "bert"
@@ -48,14 +48,6 @@ class BertConfig(Config):
         "hidden_act": ("gelu",), "position_embedding_type": ("absolute", None),
         "is_decoder": (False, None), "add_cross_attention": (False, None),
         "tie_word_embeddings": (True,)}
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
 
 class Layer(nnx.Module):

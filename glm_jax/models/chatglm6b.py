@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from glm_jax.models.config import Config
-from glm_jax.models.weights import Weight, linear, norm
+from glm_jax.models.config import MultiHeadConfig
+from glm_jax.models.weights import Weight, linear, transformer
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch, blank_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, pooled, run
@@ -30,7 +30,7 @@ FIRST_VOCABULARY, FIRST_IDS = 150528, {
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatGLM6BConfig(Config):
+class ChatGLM6BConfig(MultiHeadConfig):
     """Fields of the released `config.json`, and defaults for its vocabulary of 130,528.
 
     Attributes:
@@ -66,14 +66,6 @@ class ChatGLM6BConfig(Config):
     @property
     def num_hidden_layers(self) -> int:
         return self.num_layers
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def start_token_id(self) -> int:
@@ -180,22 +172,10 @@ def as_batch(config: ChatGLM6BConfig, tokens: Array, attention_mask: Array | Non
 
 def weights(config: ChatGLM6BConfig, head: str) -> list[Weight]:
     """The released names of every parameter of `ChatGLM6B(config, head)`."""
-    layer, heads = "transformer.layers.{}", config.num_attention_heads
-    joined = tuple(f"layers.self_attn.{name}" for name in ("query", "key", "value"))
-    rows = [
-        Weight("transformer.word_embeddings.weight", "embed_tokens.embedding"),
-        Weight(f"{layer}.attention.rotary_emb.inv_freq", (), constant=inverse_frequencies(config)),
-        Weight(f"{layer}.attention.query_key_value.weight",
-               tuple(f"{path}.kernel" for path in joined), transpose=True, heads=heads),
-        Weight(f"{layer}.attention.query_key_value.bias",
-               tuple(f"{path}.bias" for path in joined), heads=heads),
-    ]
-    rows += linear(f"{layer}.attention.dense", "layers.self_attn.dense", bias=True)
-    rows += linear(f"{layer}.mlp.dense_h_to_4h", "layers.mlp.up", bias=True)
-    rows += linear(f"{layer}.mlp.dense_4h_to_h", "layers.mlp.down", bias=True)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        rows += norm(f"{layer}.{name}", f"layers.{name}", bias=True)
-    rows += norm("transformer.final_layernorm", "norm", bias=True)
+    rows = [Weight("transformer.word_embeddings.weight", "embed_tokens.embedding"),
+            Weight("transformer.layers.{}.attention.rotary_emb.inv_freq", (),
+                   constant=inverse_frequencies(config)),
+            *transformer(heads=config.num_attention_heads)]
     if head == "lm":
         return [*rows, Weight("lm_head.weight", "embed_tokens.embedding", copy=True)]
     return rows + linear("score", "score", bias=head == "token")

@@ -85,3 +85,18 @@ class Config:
             out["id2label"] = {str(k): v for k, v in names.items()}
             out["label2id"] = {v: k for k, v in names.items()}
         return out
+
+
+class MultiHeadConfig(Config):
+    """What follows where queries, keys and values have as many heads."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads

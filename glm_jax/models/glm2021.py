@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from glm_jax.errors import UserError
-from glm_jax.models.config import Config
-from glm_jax.models.weights import Weight, linear, norm
+from glm_jax.models.config import MultiHeadConfig
+from glm_jax.models.weights import Weight, transformer
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch, blank_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, run
@@ -32,7 +32,7 @@ _IDS = {30592: lambda width: _BERT, 50304: lambda width: (None,) * 4 if width ==
 
 
 @dataclasses.dataclass(frozen=True)
-class Glm2021Config(Config):
+class Glm2021Config(MultiHeadConfig):
     """Fields and defaults of the released `config.json`.
 
     Attributes:
@@ -69,14 +69,6 @@ class Glm2021Config(Config):
     @property
     def num_hidden_layers(self) -> int:
         return self.num_layers
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def start_token_id(self) -> int | None:
@@ -147,13 +139,15 @@ def as_batch(config: Glm2021Config, tokens: Array, attention_mask: Array | None 
     The blank is the first mask token of any kind. Without `<sop>` a row is causal.
 
     Raises:
-      UserError: for rows longer than the table of positions.
+      UserError: for positions beyond the tables, where the tokens are known (not traced).
     """
-    if tokens.shape[1] > config.max_sequence_length + 1:
-        raise UserError(f"{tokens.shape[1]} tokens in a row, but this model has only "
-                        f"{config.max_sequence_length + 1} positions")
     blanks = (config.mask_token_id, config.gmask_token_id, config.smask_token_id)
-    return blank_batch(tokens, attention_mask, config.sop_token_id, (blanks,), unstarted=False)
+    batch = blank_batch(tokens, attention_mask, config.sop_token_id, (blanks,), unstarted=False)
+    places = config.max_sequence_length + 1
+    if isinstance(tokens, np.ndarray) and (last := int(batch.positions.max())) >= places:
+        raise UserError(f"a context or an answer of {last + 1} tokens, but this model has only "
+                        f"{places} positions")
+    return batch
 
 
 def choices_batch(config: Glm2021Config, source: Sequence[int],
@@ -181,23 +175,10 @@ def choices_batch(config: Glm2021Config, source: Sequence[int],
 
 def weights(config: Glm2021Config, head: str) -> list[Weight]:
     """The released names of every parameter of `Glm2021(config)`."""
-    layer = "transformer.layers.{}"
-    joined = tuple(f"layers.self_attn.{name}" for name in ("query", "key", "value"))
-    rows = [
-        Weight("word_embeddings.weight", "embed_tokens.embedding"),
-        Weight("transformer.position_embeddings.weight", "embed_positions.embedding"),
-        Weight("transformer.block_position_embeddings.weight", "embed_blocks.embedding"),
-        Weight(f"{layer}.attention.query_key_value.weight",
-               tuple(f"{path}.kernel" for path in joined), transpose=True),
-        Weight(f"{layer}.attention.query_key_value.bias",
-               tuple(f"{path}.bias" for path in joined)),
-    ]
-    rows += linear(f"{layer}.attention.dense", "layers.self_attn.dense", bias=True)
-    rows += linear(f"{layer}.mlp.dense_h_to_4h", "layers.mlp.up", bias=True)
-    rows += linear(f"{layer}.mlp.dense_4h_to_h", "layers.mlp.down", bias=True)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        rows += norm(f"{layer}.{name}", f"layers.{name}", bias=True)
-    return rows + norm("transformer.final_layernorm", "norm", bias=True)
+    return [Weight("word_embeddings.weight", "embed_tokens.embedding"),
+            Weight("transformer.position_embeddings.weight", "embed_positions.embedding"),
+            Weight("transformer.block_position_embeddings.weight", "embed_blocks.embedding"),
+            *transformer()]
 
 
 def plain(name: str) -> str:

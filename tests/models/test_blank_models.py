@@ -114,6 +114,18 @@ def test_generation_asks_for_the_ids_that_nobody_knows(tiny):
         generate(model, np.array([[3, SOP]]), max_new_tokens=2)
 
 
+def test_positions_beyond_the_tables_are_refused(tiny):
+    model = tiny(**MODELS["glm2021"])
+    row = [5] * 30 + [MASK, SOP]
+    assert as_batch(model.config, np.array([row + [7] * 39])).positions.max() == 40
+    with pytest.raises(UserError, match="answer of 42 tokens, but this model has only 41 posit"):
+        as_batch(model.config, np.array([row + [7] * 40]))
+    with pytest.raises(UserError, match="42 tokens"):
+        generate(model, np.array([row]), max_new_tokens=40)
+    with pytest.raises(UserError, match="context or an answer of 42 tokens"):
+        glm_jax.forward(model, np.array([[5] * 42]))
+
+
 @each
 def test_in_and_out_again_is_the_same_on_a_mesh_too(tiny, name, tmp_path):
     model = tiny(**MODELS[name])
