@@ -21,7 +21,8 @@ from glm_jax.errors import UserError
 from glm_jax.infer.generate import Generation, check_tokens
 from glm_jax.infer.generate import generate as generate_tokens
 from glm_jax.infer.sampling import sampling
-from glm_jax.nn.batch import Array, causal_batch
+from glm_jax.models import architecture_of, as_batch
+from glm_jax.nn.batch import Array, Batch
 from glm_jax.parallel.mesh import make_mesh, use_mesh_of
 
 __all__ = ["forward", "from_pretrained", "generate", "load_tokenizer", "save_pretrained"]
@@ -93,18 +94,21 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
     Returns:
       `[batch, length, vocabulary]` of a language model, `[batch, length, labels]` of a token
       classifier, `[batch, labels]` of a sequence classifier: those at the rightmost token that
-      is not the padding token; ChatGLM's at the last position that `attention_mask` does not hide.
+      is not the padding token, ChatGLM's at the last position that `attention_mask` does not hide,
+      BERT's at the first. Hidden states of a model without a head.
 
     Raises:
-      UserError: for rows without tokens, or ids outside the vocabulary.
+      UserError: for rows without tokens, ids outside the vocabulary, or too many tokens.
     """
     _want_model(model)
     rows, mask = check_tokens(model.config, tokens, attention_mask)
     graphdef, state = nnx.split(model)
     with use_mesh_of(state):
-        logits = _forward(graphdef, state, rows, mask)
+        logits = _forward(graphdef, state, as_batch(model.config, rows, mask))
     if model.head != "sequence":
         return logits
+    if architecture_of(model.config.to_dict()).pool == "first":
+        return logits[np.arange(len(rows)), np.argmax(mask, axis=1)]
     if getattr(model.config, "pools_last", False):
         last = np.max(np.arange(rows.shape[1]) * mask, axis=1)
         return logits[np.arange(len(rows)), last]
@@ -117,10 +121,9 @@ def forward(model: Any, tokens: Array, attention_mask: Array | None = None) -> j
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+def _forward(graphdef: Any, state: Any, batch: Batch) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    hidden, _ = model(causal_batch(tokens, mask))
-    return model.logits(hidden)
+    return model.logits(model(batch)[0])
 
 
 def generate(model: Any, prompt: str | Sequence[Any] | Array,

@@ -19,7 +19,9 @@ jax.config.update("jax_disable_most_optimizations", True)  # tests compile more 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """`tiny(head="lm", mesh=None, **config fields)`: a small GLM with large random parameters.
+    """`tiny(head="lm", mesh=None, **config fields)`: a small model with large random parameters.
+
+    A GLM, unless a `model_type` is given.
 
     Not to be changed in place: equal arguments give the same model. Its parameters are large so
     that attention is far from uniform, where a wrong rotary or mask would not show.
@@ -31,9 +33,11 @@ def tiny() -> Callable[..., Any]:
 
     @functools.cache
     def make(head: str = "lm", mesh: Any = None, **fields: Any) -> Any:
-        raw = {"model_type": "glm", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48,
-               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-               "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0, "num_labels": 3} | fields
+        raw = {"vocab_size": 67, "hidden_size": 32, "num_attention_heads": 4,
+               "initializer_range": 0.3, "pad_token_id": 0, "num_labels": 3} | fields
+        if "model_type" not in fields:
+            raw = {"model_type": "glm", "intermediate_size": 48, "num_hidden_layers": 2,
+                   "num_key_value_heads": 2, "head_dim": 8} | raw
         architecture = architecture_of(raw)
         model = init_model(architecture, architecture.config.from_dict(raw), head, mesh=mesh)
         state = nnx.state(model)

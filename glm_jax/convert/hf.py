@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,14 @@ _CHECKPOINT = re.compile(
     r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
 
 
-Source = Released | Dequantised
+class Source(Protocol):
+    """Tensors by name: `Released`, `Dequantised`, or one of them under other names."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
 def flat(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -50,8 +57,9 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
     Args:
       folder: holds `config.json` and safetensors files, or PyTorch's `.bin` files. Weights that
         THUDM quantised (`quantization_bit`) are loaded as what they stand for.
-      head: `lm`, `sequence` or `token`; by default the one that `config.json` names. Another
-        classification head than that begins random, from `seed`, where the folder has none.
+      head: one of the architecture's (`lm`, `sequence`, `token` …); by default the one that
+        `config.json` names. What another head needs begins random, from `seed`, where the folder
+        has none.
       dtype: what the model computes in; `param_dtype`, what it keeps: `dtype` by default.
       mesh: where the parameters lie; one device by default.
       overrides: config fields that replace those of the file (`id2label=…`).
@@ -100,16 +108,18 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
     if architecture.classes and head not in architecture.classes:
         raise UserError(f"{architecture.name} has no head {head!r}; it has "
                         + ", ".join(architecture.classes))
+
     def build() -> Any:
         return architecture.model(config, head, dtype, rngs=nnx.Rngs(seed))
 
     model = nnx.eval_shape(build)
     abstract = flat(model)
-    table = architecture.weights(config, head)
+    table = plain_table(architecture, config, head)
     exact = exact_paths(model)
     kept = {path: jnp.float32 if path in exact else param_dtype for path in abstract}
     random: set[str] = set(abstract)
     if released is not None:
+        released = _Plain(released, architecture.plain)
         random = check(released, architecture, config, head, named or head, abstract)
     shardings = {path: sharding(p.get_metadata("axes"), p.get_value().shape, mesh)
                  for path, p in abstract.items()}
@@ -129,6 +139,24 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
     return model
 
 
+class _Plain:
+    """The tensors of `released` by their plain names (see `Architecture`)."""
+
+    def __init__(self, released: Source, plain: Callable[[str], str]):
+        self.folder, self._released = released.folder, released
+        self._names = {plain(name): name for name in released.shapes}
+        self.shapes = {name: released.shapes[own] for name, own in self._names.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self._released.read(self._names[name], index)
+
+
+def plain_table(architecture: Any, config: Any, head: str) -> list[Weight]:
+    """The weight table with plain names."""
+    return [row._replace(name=architecture.plain(row.name))
+            for row in architecture.weights(config, head)]
+
+
 def check(released: Source, architecture: Any, config: Any, head: str, named: str,
           abstract: dict[str, nnx.Param]) -> set[str]:
     """Holds a folder's tensors to the table; returns the parameters that must begin random.
@@ -138,7 +166,8 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     Raises:
       UserError: listing what is missing, unexpected and mis-shaped.
     """
-    tables = {h: architecture.weights(config, h) for h in {head, named, *architecture.classes}}
+    tables = {h: plain_table(architecture, config, h)
+              for h in {head, named, *architecture.classes}}
     promised = {row.name for row in tables[named]}
     # What other heads have may lie there; it is not read.
     expected = {row.name for table in tables.values() for row in table if not row.stacked}

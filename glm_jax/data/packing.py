@@ -5,13 +5,14 @@ on the number of processes, and a Grain iterator resumes at once by its position
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
 from glm_jax.errors import UserError
+from glm_jax.models import architecture_of
 from glm_jax.nn.batch import Batch
 
 WINDOW = 4096  # examples that are packed together: more fill rows better, fewer mix better
@@ -23,7 +24,9 @@ class Piece(NamedTuple):
     Attributes:
       tokens: `[length]` int32.
       targets, weights: `[length]`, what each position predicts and how much it counts.
-      label, label_weight: the class of the whole example, read at its last token.
+      label, label_weight: the class of the whole example.
+      positions, order: `[streams, length]` and `[length]` int32 (see `Batch`); what the shape says
+        where they are left out.
     """
 
     tokens: np.ndarray
@@ -31,6 +34,8 @@ class Piece(NamedTuple):
     weights: np.ndarray | None = None
     label: int = 0
     label_weight: float = 1.0
+    positions: np.ndarray | None = None
+    order: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -41,11 +46,35 @@ class Source(Protocol):
 
 
 class Shape(NamedTuple):
-    """The static shape of a batch: rows, their length, and how many examples a row may hold."""
+    """The static shape of a batch: rows, their length, and how many examples a row may hold.
+
+    Attributes:
+      lay: gives tokens `[1, length]` of an example their positions and order; causal when None.
+      pool: which token of an example stands for it, `last` or `first`.
+    """
 
     rows: int
     length: int
     examples: int
+    lay: Callable[[np.ndarray], Batch] | None = None
+    pool: str = "last"
+
+    def place(self, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, positions and order of a piece, cut to a row."""
+        tokens = piece.tokens[:self.length]
+        count = np.arange(len(tokens), dtype=np.int32)
+        positions, order = piece.positions, piece.order
+        if positions is None or order is None:
+            laid = None if self.lay is None else self.lay(tokens[None])
+            positions, order = ((count[None], count) if laid is None else
+                                (np.asarray(laid.positions[0]), np.asarray(laid.order[0])))
+        return tokens, positions[:, :len(tokens)], order[:len(tokens)]
+
+
+def shape_for(config: Any, rows: int, length: int, examples: int) -> Shape:
+    """The shape of batches for the model of `config`."""
+    row = architecture_of(config.to_dict())
+    return Shape(rows, length, examples, lambda tokens: row.batch(config, tokens, None), row.pool)
 
 
 def best_fit(lengths: np.ndarray, order: np.ndarray, shape: Shape) -> list[list[int]]:
@@ -94,10 +123,14 @@ def plan(lengths: np.ndarray, shape: Shape, rng: np.random.Generator | None
 
 
 def assemble(rows: Sequence[Sequence[Piece]], shape: Shape, pad_id: int) -> Batch:
-    """The arrays of one batch; causal, positions counted from 0 in each example."""
+    """The arrays of one batch; positions begin anew in each example."""
     size = (shape.rows, shape.length)
+    placed = [[shape.place(piece) for piece in row] for row in rows]
+    streams = next((len(places) for row in placed for _, places, _ in row), 1)
     tokens = np.full(size, pad_id, np.int32)
-    positions, segments, targets = (np.zeros(size, np.int32) for _ in range(3))
+    positions = np.zeros((shape.rows, streams, shape.length), np.int32)
+    segments, targets = (np.zeros(size, np.int32) for _ in range(2))
+    order = np.arange(shape.length, dtype=np.int32) + np.zeros_like(segments)
     weights = np.zeros(size, np.float32)
     pool = (shape.rows, shape.examples)
     pool_index, labels = np.zeros(pool, np.int32), np.zeros(pool, np.int32)
@@ -106,20 +139,20 @@ def assemble(rows: Sequence[Sequence[Piece]], shape: Shape, pad_id: int) -> Batc
     for r, row in enumerate(rows):
         at = 0
         for n, piece in enumerate(row):
-            length = min(len(piece.tokens), shape.length)
+            own, places, seen = placed[r][n]
+            length = len(own)
             here = slice(at, at + length)
-            tokens[r, here] = piece.tokens[:length]
-            positions[r, here] = np.arange(length)
+            tokens[r, here], positions[r, :, here], order[r, here] = own, places, at + seen
             segments[r, here] = n + 1
             if piece.targets is not None and piece.weights is not None:
                 per_token = True
                 targets[r, here] = piece.targets[:length]
                 weights[r, here] = piece.weights[:length]
+            pool_index[r, n] = at if shape.pool == "first" else at + length - 1
             at += length
-            pool_index[r, n], labels[r, n] = at - 1, piece.label
+            labels[r, n] = piece.label
             label_weights[r, n] = piece.label_weight
-    order = np.broadcast_to(np.arange(shape.length, dtype=np.int32), size)
-    batch = Batch(tokens, positions[:, None], segments, np.ascontiguousarray(order))
+    batch = Batch(tokens, positions, segments, order)
     if per_token:
         return Batch(batch.tokens, batch.positions, batch.segments, batch.order,
                      targets=targets, weights=weights)

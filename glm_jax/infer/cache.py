@@ -20,11 +20,12 @@ def empty_cache(config: Any, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` unused slots a row, laid out on the mesh of `jax.set_mesh`.
 
     Args:
-      config: a model's; its layers, key-value heads and head size are read.
+      config: a model's; its layers, key-value heads, head size and position streams are read.
       dtype: what the keys and values are kept in.
     """
     shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
     keys, values = (constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)
                     for _ in range(2))
     unused = constrain(jnp.zeros((batch, slots), jnp.int32), "batch", None)
-    return Cache(keys, values, unused, unused, jnp.zeros((), jnp.int32))
+    positions = constrain(jnp.zeros((batch, config.streams), jnp.int32), "batch", None)
+    return Cache(keys, values, unused, unused, positions, jnp.zeros((), jnp.int32))

@@ -12,8 +12,9 @@ from flax import nnx
 from glm_jax.errors import UserError
 from glm_jax.infer.cache import bucket, empty_cache
 from glm_jax.infer.sampling import Sampling, choose
+from glm_jax.models import as_batch
 from glm_jax.nn.attention import Cache
-from glm_jax.nn.batch import Array, Batch, causal_batch
+from glm_jax.nn.batch import Array, Batch
 from glm_jax.parallel.mesh import use_mesh_of
 
 
@@ -64,7 +65,8 @@ def generate(model: Any, tokens: Array, attention_mask: Array | None = None, *,
       stop_ids: a row ends after any of these.
 
     Raises:
-      UserError: for rows without tokens, ids outside the vocabulary, a model without an LM head.
+      UserError: for rows without tokens, ids outside the vocabulary, a model without an LM head,
+        or a prompt without `<sop>` where the model needs one.
     """
     if model.head != "lm":
         raise UserError(f"generation needs a language-model head; this model's is {model.head!r}")
@@ -72,6 +74,8 @@ def generate(model: Any, tokens: Array, attention_mask: Array | None = None, *,
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     how = how or Sampling()
     rows, mask = _right_aligned(*check_tokens(model.config, tokens, attention_mask))
+    if model.config.streams == 2:
+        check_start(model.config, rows, mask, max_new_tokens)
     stop = Stop(jnp.asarray(list(stop_ids), jnp.int32), jnp.int32(pad_id),
                 jnp.int32(max_new_tokens))
     size = bucket(max_new_tokens)
@@ -116,6 +120,18 @@ def check_tokens(config: Any, tokens: Array, attention_mask: Array | None
     return given.astype(np.int32), mask
 
 
+def check_start(config: Any, rows: np.ndarray, mask: np.ndarray, more: int) -> None:
+    """Raises a UserError unless each row has a start of its answer, and positions for it."""
+    start = config.start_token_id
+    if start is None:
+        raise UserError("the config doesn't say which tokens start and mark a blank: "
+                        "from_pretrained(…, sop_token_id=…, mask_token_id=…, gmask_token_id=…)")
+    if not (has := (rows == start).any(axis=1)).all():
+        raise UserError(f"row {int(np.argmin(has))} has no <sop> (token {start}): a prompt for "
+                        "this model is a text with a mask token, then <sop>")
+    as_batch(config, *(np.pad(x, ((0, 0), (0, more)), constant_values=1) for x in (rows, mask)))
+
+
 def _right_aligned(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every row's real tokens, in order, at the end of rows of a bucketed length."""
     longest = int(mask.sum(axis=1).max())
@@ -138,15 +154,16 @@ def prefill(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, *, sl
     """Runs left-padded prompts: the last position's logits `[batch, vocabulary]`, and the cache."""
     model = nnx.merge(graphdef, state)
     cache = empty_cache(model.config, tokens.shape[0], slots, model.dtype)
-    hidden, cache = model(causal_batch(tokens, mask), cache)
+    hidden, cache = model(as_batch(model.config, tokens, mask), cache)
     return model.logits(hidden[:, -1]), cache
 
 
 def step(model: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """One more token `[batch]` for each row: the logits `[batch, vocabulary]` after it."""
-    position = jnp.sum(cache.segments > 0, axis=1, dtype=jnp.int32)
+    streams = cache.positions.shape[1]
+    positions = cache.positions + (np.arange(streams) == streams - 1)  # only the last one counts
     here = jnp.ones_like(tokens)[:, None]
-    batch = Batch(tokens[:, None], position[:, None, None], here, here * cache.length)
+    batch = Batch(tokens[:, None], positions[:, :, None], here, here * cache.length)
     hidden, cache = model(batch, cache)
     return model.logits(hidden[:, -1]), cache
 

@@ -17,6 +17,8 @@ class Config:
       id2label: names of the classes, by id; the number of classes follows from it.
       extra: fields of the file that the model does not use, kept for the way back.
       supported: the values that a field may have where we compute only some of them.
+      streams: how many positions a token has. With two, the first stays and the second counts
+        in what is generated, behind `start_token_id`.
     """
 
     # Out of the hash, since a dict has none: a module's static part must be hashable for jit.
@@ -25,6 +27,7 @@ class Config:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    streams: ClassVar[int] = 1
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -87,3 +90,18 @@ class Config:
             out["id2label"] = {str(k): v for k, v in names.items()}
             out["label2id"] = {v: k for k, v in names.items()}
         return out
+
+
+class MultiHeadConfig(Config):
+    """What follows where queries, keys and values have as many heads."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads

@@ -105,3 +105,19 @@ def norm(name: str, path: str, bias: bool = False) -> list[Weight]:
     """The table rows of one torch norm layer."""
     rows = [Weight(f"{name}.weight", f"{path}.scale")]
     return rows + [Weight(f"{name}.bias", f"{path}.bias")] if bias else rows
+
+
+def transformer(heads: int = 0) -> list[Weight]:
+    """The layers and the last norm of GLM (2021), and of ChatGLM-6B with `heads`."""
+    layer = "transformer.layers.{}"
+    joined = [f"layers.self_attn.{name}" for name in ("query", "key", "value")]
+    rows = [Weight(f"{layer}.attention.query_key_value.weight",
+                   tuple(f"{path}.kernel" for path in joined), transpose=True, heads=heads),
+            Weight(f"{layer}.attention.query_key_value.bias",
+                   tuple(f"{path}.bias" for path in joined), heads=heads)]
+    for name, path in (("attention.dense", "self_attn.dense"), ("mlp.dense_h_to_4h", "mlp.up"),
+                       ("mlp.dense_4h_to_h", "mlp.down")):
+        rows += linear(f"{layer}.{name}", f"layers.{path}", bias=True)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        rows += norm(f"{layer}.{name}", f"layers.{name}", bias=True)
+    return rows + norm("transformer.final_layernorm", "norm", bias=True)

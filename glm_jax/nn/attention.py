@@ -16,6 +16,7 @@ class Cache:
     Attributes:
       keys, values: `[layers, batch, slots, kv_heads, head_dim]`, keys after the rotary.
       segments, order: `[batch, slots]` int32; segment 0 marks a slot that no query sees.
+      positions: `[batch, streams]` int32, where the newest token stands.
       length: scalar int32, the slots in use; the next tokens are written from there.
     """
 
@@ -23,17 +24,19 @@ class Cache:
     values: jax.Array
     segments: jax.Array
     order: jax.Array
+    positions: jax.Array
     length: jax.Array
 
     def extend(self, batch: Batch) -> "Cache":
-        """The cache with the segments and order of `batch`'s tokens written at `length`.
+        """The cache with segments, order and positions of `batch`'s tokens written at `length`.
 
         The keys and values of these tokens are written by the layers.
         """
         def put(slots: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(slots, new, (0, self.length))
         return dataclasses.replace(self, segments=put(self.segments, jnp.asarray(batch.segments)),
-                                   order=put(self.order, jnp.asarray(batch.order)))
+                                   order=put(self.order, jnp.asarray(batch.order)),
+                                   positions=jnp.asarray(batch.positions)[:, :, -1])
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """The batch: a handful of arrays that describe every example of every task, and the mask."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ class Batch:
 
 def causal_batch(tokens: Array, attention_mask: Array | None = None,
                  positions: Array | None = None, segments: Array | None = None) -> Batch:
-    """A causal batch from what Hugging Face users hold.
+    """A causal batch from what Hugging Face users hold; of NumPy's arrays where it gets these.
 
     Args:
       tokens: `[batch, length]` int.
@@ -50,15 +52,65 @@ def causal_batch(tokens: Array, attention_mask: Array | None = None,
       positions: `[batch, length]` int; counted over the real tokens when left out.
       segments: `[batch, length]` int, for several texts in a row; replaces `attention_mask`.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if segments is None:
-        mask = jnp.ones_like(tokens) if attention_mask is None else jnp.asarray(attention_mask)
-        segments = mask.astype(jnp.int32)
-    segments = jnp.asarray(segments, jnp.int32)
-    order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    xp, tokens, real = _arrays(tokens, attention_mask)
+    segments = real if segments is None else xp.asarray(segments, xp.int32)
+    order = xp.broadcast_to(xp.arange(tokens.shape[1], dtype=xp.int32), tokens.shape)
     if positions is None:
-        positions = jnp.maximum(jnp.cumsum(segments > 0, axis=1) - 1, 0)
-    return Batch(tokens, jnp.asarray(positions, jnp.int32)[:, None], segments, order)
+        positions = xp.maximum(xp.cumsum(segments > 0, axis=1) - 1, 0)
+    return Batch(tokens, xp.asarray(positions, xp.int32)[:, None], segments, order)
+
+
+def _arrays(tokens: Array, attention_mask: Array | None) -> tuple[Any, Any, Any]:
+    """NumPy for its arrays, jax.numpy for others; tokens and mask as int32."""
+    xp = np if isinstance(tokens, np.ndarray) else jnp
+    tokens = xp.asarray(tokens, xp.int32)
+    return xp, tokens, (xp.ones_like(tokens) if attention_mask is None
+                        else xp.asarray(attention_mask, xp.int32))
+
+
+def bidirectional_batch(tokens: Array, attention_mask: Array | None = None) -> Batch:
+    """Every token sees every other, as in BERT; positions count from the start of the row.
+
+    Padding on the left shifts them, as in the released code.
+
+    Args:
+      tokens, attention_mask: as of `causal_batch`.
+    """
+    xp, tokens, segments = _arrays(tokens, attention_mask)
+    positions = xp.broadcast_to(xp.arange(tokens.shape[1], dtype=xp.int32), tokens.shape)
+    return Batch(tokens, positions[:, None], segments, xp.zeros_like(tokens))
+
+
+def blank_batch(tokens: Array, attention_mask: Array | None, start: int | None,
+                blanks: Sequence[Sequence[int | None]], unstarted: bool) -> Batch:
+    """A context that sees itself both ways, then what fills a blank of it (Du et al. 2022).
+
+    The context ends before the first `start` token of a row. From there on the first position
+    stays that of the blank and the second counts 1, 2, 3 …; in the context the first counts and
+    the second is 0. Without a blank the first goes on counting. Positions count real tokens.
+
+    Args:
+      tokens, attention_mask: as of `causal_batch`.
+      start: the id of `<sop>`; none where it isn't known.
+      blanks: groups of ids of mask tokens. The blank is the first token of the row that lies in
+        the first group that the row has any of.
+      unstarted: whether a row without `start` is a context; else it is causal.
+    """
+    xp, tokens, segments = _arrays(tokens, attention_mask)
+    real = segments > 0
+    count = xp.maximum(xp.cumsum(real, axis=1) - 1, 0)
+    begins = real & (tokens == (-1 if start is None else start))
+    block = xp.cumsum(xp.cumsum(begins, axis=1) > 0, axis=1)  # 0 in the context
+    blank = count
+    for group in reversed(blanks):
+        here = real & sum((tokens == i for i in group if i is not None), tokens < 0)
+        at = xp.argmax(here, axis=1)[:, None]
+        blank = xp.where(xp.any(here, axis=1, keepdims=True),
+                         xp.take_along_axis(count, at, axis=1), blank)
+    started = xp.any(begins, axis=1, keepdims=True)
+    order = block if unstarted else xp.where(started, block, xp.arange(tokens.shape[1]))
+    positions = xp.stack((xp.where(block > 0, blank, count), block), axis=1)
+    return Batch(tokens, positions.astype(xp.int32), segments, order.astype(xp.int32))
 
 
 def visible(query_segments: Array, query_order: Array, key_segments: Array,

@@ -1,4 +1,4 @@
-"""The layers that the models share: linear, embedding, norms, SwiGLU, and stacking for the scan."""
+"""The layers that the models share: linear, embedding, norms, activations, and stacks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +68,32 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.scale[...].astype(x.dtype) * wide.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016), in float32."""
+
+    def __init__(self, features: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(features), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        wide = wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) with the error function (Hendrycks and Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The same paper's approximation of `gelu` by a hyperbolic tangent."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from glm_jax.adapters.peft import find_base, inspect_adapter, load_adapter
 from glm_jax.convert.hf import load_model
 from glm_jax.convert.released import read_json
-from glm_jax.data.packing import Shape
+from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.records import Example, load_records
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
@@ -50,8 +50,9 @@ class Trained(NamedTuple):
         """Of batches: texts are cut where training cut them."""
         if self.config is not None:
             batch = self.config.batch
-            return Shape(batch.rows, batch.length, batch.examples)
-        return Shape(8, min(LENGTH, int(self.tokenizer.config.get("model_max_length", LENGTH))), 64)
+            return shape_for(self.model.config, batch.rows, batch.length, batch.examples)
+        length = min(LENGTH, int(self.tokenizer.config.get("model_max_length", LENGTH)))
+        return shape_for(self.model.config, 8, length, 64)
 
     def splits(self) -> dict[str, list[Example]]:
         """The data of the run.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from glm_jax.adapters import lora, partition
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
-from glm_jax.data.packing import Shape
+from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
 from glm_jax.files import resolve
@@ -122,10 +122,12 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
         if config.model.init != "pretrained":
             raise UserError("an adapter on random weights could not be loaded again: use "
                             "model.init='pretrained', or adapter.name=''")
+        # BERT's pooler may have begun random too, where the folder has none.
+        saved = tuple(name for name in ("pooler", "score") if labels and hasattr(model, name))
         lora_config = lora.LoRAConfig(
             r=config.adapter.r, lora_alpha=config.adapter.alpha,
             lora_dropout=config.adapter.dropout, target_modules=tuple(config.adapter.targets),
-            use_rslora=config.adapter.rslora, modules_to_save=("score",) if labels else ())
+            use_rslora=config.adapter.rslora, modules_to_save=saved)
         lora.attach(model, lora_config, seed=config.seed, mesh=mesh)
     elif config.adapter.name:
         raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
@@ -168,12 +170,24 @@ def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
 def make_task(config: Any, tokenizer: Tokenizer) -> Task:
     batch = config.batch
     if config.task.name == "classification":
-        return Classification.load(config.task, tokenizer,
-                                   Shape(batch.rows, batch.length, batch.examples), config.seed)
+        architecture, raw = raw_config(config)
+        shape = shape_for(architecture.config.from_dict(raw), batch.rows, batch.length,
+                          batch.examples)
+        return Classification.load(config.task, tokenizer, shape, config.seed)
     if config.task.name == "pretrain":
         return Pretrain(config.task, tokenizer, Shape(batch.rows, batch.length, batch.length),
                         config.seed)
     raise UserError(f"task.name={config.task.name!r}: choose 'classification' or 'pretrain'")
+
+
+def raw_config(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The architecture that a run trains, and the contents of its `config.json`."""
+    path = folders(config)[0] / "config.json"
+    if config.model.init == "random" and config.model.config:
+        raw = config.model.config.to_dict()
+    else:
+        raw = read_json(path)
+    return architecture_of(raw, str(path)), raw
 
 
 def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh) -> Any:
@@ -186,8 +200,7 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh) -> Any
                           seed=config.seed, **fields)
     if config.model.init != "random":
         raise UserError(f"model.init={config.model.init!r}: choose 'pretrained' or 'random'")
-    raw = dict(config.model.config) or read_json(folders(config)[0] / "config.json")
-    architecture = architecture_of(raw, "model.config")
+    architecture, raw = raw_config(config)
     return init_model(architecture, architecture.config.from_dict({**raw, **fields}), head,
                       dtype=dtype, param_dtype=jnp.float32, mesh=mesh, seed=config.seed)
 

@@ -75,10 +75,13 @@ def test_a_config_can_be_a_static_argument():
 @pytest.mark.parametrize(("config", "name"), [
     (OLD, "glm"), (NEW, "glm"),
     # GLM of 2021 has the same model_type, and other fields
-    ({"model_type": "glm", "num_layers": 12, "block_position_encoding": True}, None),
+    ({"model_type": "glm", "num_layers": 12, "block_position_encoding": True}, "glm2021"),
     ({"model_type": "glm4", "num_hidden_layers": 2}, "glm4"),
     ({"model_type": "glm4_moe", "num_hidden_layers": 2}, "glm4_moe"),
     ({"model_type": "chatglm", "num_layers": 2, "multi_query_group_num": 2}, "chatglm"),
+    ({"model_type": "chatglm", "num_layers": 28, "position_encoding_2d": True}, "chatglm6b"),
+    ({"model_type": "bert"}, "bert"),
+    ({"model_type": "roberta", "num_hidden_layers": 2}, None),
     ({}, None),
 ])
 def test_the_fields_tell_the_architecture(config, name):

@@ -69,7 +69,8 @@ def test_scores_are_float32_in_bfloat16():
 def test_cache_takes_segments_and_order_at_its_length():
     empty = jnp.zeros((1, 1, 4, 1, 2))
     slots = jnp.zeros((1, 4), jnp.int32)
-    cache = Cache(empty, empty, slots, slots, jnp.int32(1))
+    cache = Cache(empty, empty, slots, slots, jnp.zeros((1, 1), jnp.int32), jnp.int32(1))
     batch = causal_batch(np.zeros((1, 2), int), segments=np.array([[3, 4]]))
     np.testing.assert_array_equal(cache.extend(batch).segments, [[0, 3, 4, 0]])
     np.testing.assert_array_equal(cache.extend(batch).order, [[0, 0, 1, 0]])
+    np.testing.assert_array_equal(cache.extend(batch).positions, [[1]])
