@@ -450,14 +450,14 @@ def trace(model: Any, batch: Batch) -> dict[str, jax.Array]:
 
 def check_losses(model: Any, inputs: Arrays, outputs: Arrays) -> None:
     ours: dict[str, np.ndarray] = {}
-    order = list(outputs.all)
     largest = max((np.abs(outputs.all[name]).max() for name, _ in outputs.matching("grad::.+")),
                   default=0)
-    for key, found in outputs.matching(r"(?:(\w+)_)?loss|grad::(.+)"):
+    found_all = [*outputs.matching(r"(?:(\w+)_)?loss|grad::(.+)")]
+    for (key, found), after in zip(found_all, [*found_all[1:], None], strict=True):
         if found[2]:  # of the loss that stands before it in the file
             same_gradient(ours[found[2]], outputs[key], key, largest)
             continue
-        wanted = next((name for name in order[order.index(key) + 1:]), "").startswith("grad::")
+        wanted = after is not None and after[1][2] is not None
         loss, gradients = loss_and_gradients(model, inputs, found[1] or "", wanted)
         summed = 0.0
         if model.head == "base":
