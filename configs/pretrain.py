@@ -18,6 +18,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "name": "pretrain",
         "corpus": "corpus",  # a folder of launch/corpus.py
         "mixture": (0.6, 0.15, 0.25),  # left to right, continuation, infilling
+        # The share of the documents with a teacher's vector (launch/embed.py) that are read left
+        # to right and learn it behind their end, and how many tokens such a vector counts for.
+        "summaries": 0.0, "summary_weight": 10.0,
     })
     config.model.init = "random"
     config.model.tokenizer = "corpus/tokenizer"

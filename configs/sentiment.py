@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "dev": "", "test": "",  # cut from train by hash when empty
         "text": "text", "label": "label",  # the columns
         "class_weights": (),  # one number a class, or "balanced"
+        "suffix": "[sMASK]",  # a special token behind each text, where it is classified
         "word_dropout": 0.2,  # the share of a text's tokens that training hides behind [MASK]
         "label_smoothing": 0.1,  # the share of each target that goes to all classes alike
     })

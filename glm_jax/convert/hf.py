@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -168,7 +169,7 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     """
     tables = {h: plain_table(architecture, config, h)
               for h in {head, named, *architecture.classes}}
-    promised = {row.name for row in tables[named]}
+    promised = {row.name for row in tables[named] if not row.optional}
     # What other heads have may lie there; it is not read.
     expected = {row.name for table in tables.values() for row in table if not row.stacked}
     faults: list[str] = []
@@ -192,6 +193,10 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     ignored = architecture.ignored(config)
     faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
                if name not in expected and not re.fullmatch(ignored, name)]
+    if lacking := sorted(path for row in tables[named] if row.optional for path in row.paths
+                         if path in random):
+        logging.warning("%s: it holds no %s, which begin random", released.folder,
+                        ", ".join(lacking))
     if faults:
         more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(f"{released.folder}: the weights do not fit config.json:\n  "

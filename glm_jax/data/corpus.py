@@ -1,8 +1,9 @@
 """The pre-training corpus: the text of all sources, cleaned, de-duplicated, stored as tokens."""
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ class TokenCorpus:
 
     def __init__(self, folder: str | Path, split: str):
         """Raises UserError when the split's files are missing or do not fit each other."""
-        base = Path(folder) / split
+        base = self._base = Path(folder) / split
         try:
             self.offsets: np.ndarray = np.load(f"{base}.offsets.npy")
             self.sources: np.ndarray = np.load(f"{base}.sources.npy")  # [docs] uint8
@@ -142,6 +143,57 @@ class TokenCorpus:
     def lengths(self) -> np.ndarray:
         """[docs] int64: tokens in each document."""
         return np.diff(self.offsets)
+
+    def short(self, tokens: int, count: int) -> np.ndarray:
+        """Numbers of different documents of at most `tokens` tokens; `count` of them at most.
+
+        Those that stand there most often come first, then by a hash of their tokens.
+        """
+        copies: dict[bytes, list[int]] = {}
+        for i in np.flatnonzero(self.lengths <= tokens):
+            copies.setdefault(hashlib.sha256(self[int(i)].tobytes()).digest(), []).append(int(i))
+        ranked = sorted(copies, key=lambda key: (-len(copies[key]), key))
+        return np.array([copies[key][0] for key in ranked[:count]], np.int64)
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """A teacher's vectors `[n, features]` float32, and `[docs]` which is whose; -1 for none.
+
+        Raises:
+          UserError: when launch/embed.py has not written them.
+        """
+        base = self._base
+        try:
+            vectors, of = np.load(f"{base}.vectors.npy"), np.load(f"{base}.vector_of.npy")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{base}: no sentence vectors there ({error}). Write them: "
+                            f"python launch/embed.py --corpus={Path(base).parent}") from None
+        if len(of) != len(self) or of.max(initial=-1) >= len(vectors):
+            raise UserError(f"{base}: its vectors are of another corpus; run launch/embed.py again")
+        return vectors.astype(np.float32), of
+
+
+def write_vectors(folder: str | Path, documents: Mapping[str, np.ndarray],
+                  vectors: Mapping[str, np.ndarray]) -> None:
+    """Writes sentence vectors beside the tokens: turned to the principal axes of those of train.
+
+    Each axis is divided by the root of its standard deviation: a teacher's few widest axes, which
+    tell little, would fill the angle between two vectors otherwise.
+
+    Args:
+      documents: by split, numbers of documents, of which others may be copies.
+      vectors: by split, theirs `[documents, features]`.
+    """
+    mean = vectors["train"].mean(axis=0)
+    centred = (vectors["train"] - mean).astype(np.float64)
+    variance, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    axes = (axes * np.maximum(variance, 1e-12) ** -0.25)[:, ::-1]
+    for split, numbers in documents.items():
+        corpus = TokenCorpus(folder, split)
+        known = {corpus[int(i)].tobytes(): n for n, i in enumerate(numbers)}
+        of = np.array([known.get(corpus[i].tobytes(), -1) for i in range(len(corpus))], np.int32)
+        turned = ((vectors[split] - mean) @ axes).astype(np.float16)
+        np.save(Path(folder) / f"{split}.vectors.npy", turned)
+        np.save(Path(folder) / f"{split}.vector_of.npy", of)
 
 
 def write_corpus(folder: str | Path, vocab_size: int, tokenizer: Tokenizer | None = None,

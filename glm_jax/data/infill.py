@@ -27,6 +27,18 @@ def left_to_right(text: np.ndarray, special: dict[str, int], ends: bool) -> Piec
     return Piece(tokens, targets, weights)
 
 
+def summary(text: np.ndarray, special: dict[str, int], vector: np.ndarray) -> Piece:
+    """`[gMASK] <sop> text [sMASK]`: a whole document left to right, and behind it what it means.
+
+    Nothing is predicted at `[sMASK]`; its hidden state learns the direction of `vector`.
+    """
+    tokens, targets, weights = left_to_right(text, special, ends=True)[:3]
+    tokens = np.append(tokens, special["[sMASK]"]).astype(np.int32)
+    assert targets is not None and weights is not None
+    return Piece(tokens, np.append(targets, 0).astype(np.int32),
+                 np.append(weights, np.float32(0)), vector=vector)
+
+
 def continuation(text: np.ndarray, special: dict[str, int], rng: np.random.Generator) -> Piece:
     """`beginning [gMASK] <sop> rest`: the rest is one long span at the end."""
     cut = int(rng.integers(1, max(2, len(text))))

@@ -25,6 +25,7 @@ class Piece(NamedTuple):
       tokens: `[length]` int32.
       targets, weights: `[length]`, what each position predicts and how much it counts.
       label, label_weight: the class of the whole example.
+      vector: `[features]` float32, what its pooled hidden state should point along, if anything.
       positions, order: `[streams, length]` and `[length]` int32 (see `Batch`); what the shape says
         where they are left out.
     """
@@ -34,6 +35,7 @@ class Piece(NamedTuple):
     weights: np.ndarray | None = None
     label: int = 0
     label_weight: float = 1.0
+    vector: np.ndarray | None = None
     positions: np.ndarray | None = None
     order: np.ndarray | None = None
 
@@ -51,6 +53,7 @@ class Shape(NamedTuple):
     Attributes:
       lay: gives tokens `[1, length]` of an example their positions and order; causal when None.
       pool: which token of an example stands for it, `last` or `first`.
+      features: of the examples' vectors; 0: they have none.
     """
 
     rows: int
@@ -58,6 +61,7 @@ class Shape(NamedTuple):
     examples: int
     lay: Callable[[np.ndarray], Batch] | None = None
     pool: str = "last"
+    features: int = 0
 
     def place(self, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, positions and order of a piece, cut to a row."""
@@ -135,6 +139,7 @@ def assemble(rows: Sequence[Sequence[Piece]], shape: Shape, pad_id: int) -> Batc
     pool = (shape.rows, shape.examples)
     pool_index, labels = np.zeros(pool, np.int32), np.zeros(pool, np.int32)
     label_weights = np.zeros(pool, np.float32)
+    vectors = np.zeros((*pool, shape.features), np.float32)
     per_token = False
     for r, row in enumerate(rows):
         at = 0
@@ -152,12 +157,15 @@ def assemble(rows: Sequence[Sequence[Piece]], shape: Shape, pad_id: int) -> Batc
             at += length
             labels[r, n] = piece.label
             label_weights[r, n] = piece.label_weight
-    batch = Batch(tokens, positions, segments, order)
-    if per_token:
-        return Batch(batch.tokens, batch.positions, batch.segments, batch.order,
-                     targets=targets, weights=weights)
-    return Batch(batch.tokens, batch.positions, batch.segments, batch.order,
-                 pool_index=pool_index, labels=labels, label_weights=label_weights)
+            if shape.features:
+                label_weights[r, n] = piece.vector is not None
+                vectors[r, n] = 0 if piece.vector is None else piece.vector
+    learned: dict[str, Any] = {"targets": targets, "weights": weights} if per_token else {}
+    if shape.features:
+        learned |= {"pool_index": pool_index, "label_weights": label_weights, "vectors": vectors}
+    elif not per_token:
+        learned = {"pool_index": pool_index, "labels": labels, "label_weights": label_weights}
+    return Batch(tokens, positions, segments, order, **learned)
 
 
 class Batches:

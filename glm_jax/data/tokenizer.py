@@ -4,6 +4,7 @@ A folder holds the released files: tokenizer.json, tokenizer.model (sentencepiec
 ice_text.model or cog-pretrain.model, with tokenizer_config.json.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -177,10 +178,45 @@ class Tokenizer:
             return self._backend.encode_special(text, add_special_tokens)
         return self._backend.encode([text], add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True
-                     ) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel where the library can."""
-        return self._backend.encode(texts, add_special_tokens)
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True,
+                     length: int | None = None) -> list[list[int]]:
+        """`encode` of many texts at once, in parallel where the library can.
+
+        Texts are cut so that at most `length` ids are left, the frame's own included.
+        """
+        found = self._backend.encode(texts, add_special_tokens)
+        if length is None or all(len(ids) <= length for ids in found):
+            return found
+        closing = self._closing if add_special_tokens else 0
+        return [ids if len(ids) <= length else ids[:length - closing] + ids[len(ids) - closing:]
+                for ids in found]
+
+    @functools.cached_property
+    def _closing(self) -> int:
+        """How many ids of the frame stand behind a text."""
+        framed, plain = (self._backend.encode(["a"], special)[0] for special in (True, False))
+        begins = next(n for n in range(len(framed)) if framed[n:n + len(plain)] == plain)
+        return len(framed) - begins - len(plain)
+
+    def ending(self, token: str) -> "Tokenizer":
+        """The same, with a special token behind every framed text, also in its files.
+
+        Raises:
+          UserError: for an unknown token, or files whose frame is not a template.
+        """
+        raw = json.loads(self.files.get("tokenizer.json", b"{}"))
+        template = raw.get("post_processor") or {}
+        if template.get("type") != "TemplateProcessing":
+            raise UserError(f"{self.where}: it has no tokenizer.json with a template, behind which "
+                            f"{token!r} could be put; use --config.task.suffix=")
+        last = {"SpecialToken": {"id": token, "type_id": 0}}
+        if template["single"][-1] == last:
+            return self
+        template["single"].append(last)
+        template["special_tokens"][token] = {
+            "id": token, "ids": [self.token_id(token)], "tokens": [token]}
+        content = json.dumps(raw, ensure_ascii=False, indent=2).encode()
+        return Tokenizer(self.files | {"tokenizer.json": content}, self.where)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""

@@ -151,7 +151,9 @@ def weights(config: BertConfig, head: str) -> list[Weight]:
         rows += norm(f"{bert}encoder.layer.{{}}.{name}.LayerNorm", f"layers.{path}_layernorm",
                      bias=True)
     if head in ("base", "sequence"):
-        rows += linear(f"{bert}pooler.dense", "pooler", bias=True)
+        # Encoders that are trained for sentence vectors are released without it.
+        rows += [row._replace(optional=head == "base")
+                 for row in linear(f"{bert}pooler.dense", "pooler", bias=True)]
     if head == "mlm":
         rows += linear("cls.predictions.transform.dense", "transform", bias=True)
         rows += norm("cls.predictions.transform.LayerNorm", "transform_layernorm", bias=True)

@@ -27,6 +27,7 @@ class Weight(NamedTuple):
       constant: what the tensor always is (a buffer): written, but never read; then no path. A
         function makes it for the dtype that the model is written in.
       exact: our parameter stays float32 whatever the model is kept in.
+      optional: a checkpoint may lack it; it then begins random, with a warning.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Weight(NamedTuple):
     copy: bool = False
     constant: np.ndarray | Callable[[np.dtype], np.ndarray] | None = None
     exact: bool = False
+    optional: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Batch:
       targets: `[batch, length]` int32, what each position predicts; `weights`: float32, its weight.
       pool_index: `[batch, examples]` int32, the position whose hidden state stands for an example.
       labels: `[batch, examples]` int32; `label_weights`: float32, 0 where there is no example.
+      vectors: `[batch, examples, features]` float32, what the pooled states learn to point along.
     """
 
     tokens: Array
@@ -40,6 +41,7 @@ class Batch:
     pool_index: Array | None = None
     labels: Array | None = None
     label_weights: Array | None = None
+    vectors: Array | None = None
 
 
 def causal_batch(tokens: Array, attention_mask: Array | None = None,

@@ -119,9 +119,9 @@ class Classification(NamedTuple):
         return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids, `[gMASK] <sop> text` cut to a row: what Hugging Face's tokenizer gives."""
-        encoded = self.tokenizer.encode_batch(list(texts))
-        return [np.asarray(ids[:self.shape.length], np.int32) for ids in encoded]
+        """Token ids, framed and cut to a row: what Hugging Face's tokenizer gives."""
+        encoded = self.tokenizer.encode_batch(list(texts), length=self.shape.length)
+        return [np.asarray(ids, np.int32) for ids in encoded]
 
     def texts(self, rows: Sequence[Example]) -> Texts:
         number = {label: i for i, label in enumerate(self.labels)}

@@ -19,16 +19,18 @@ from glm_jax.nn.loss import cross_entropy
 from glm_jax.tasks import Evaluation, Run
 from glm_jax.tasks.metrics import perplexity
 
-SPECIAL = ("[MASK]", "[gMASK]", "<sop>", "<eop>", "<|endoftext|>")
-LEFT_TO_RIGHT, CONTINUATION, INFILL = range(3)
+SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|endoftext|>")
+LEFT_TO_RIGHT, CONTINUATION, INFILL, SUMMARY = range(4)
 
 
 class Texts:
     """The documents of a split, cut to rows; each epoch draws another objective for each."""
 
     def __init__(self, corpus: TokenCorpus, shape: Shape, special: Mapping[str, int],
-                 mixture: tuple[float, float, float], seed: int):
+                 mixture: tuple[float, float, float], seed: int, summaries: float = 0.0):
+        """`summaries`: the share of the documents with a teacher's vector that learn it."""
         self.corpus, self.special, self.mixture, self.seed = corpus, dict(special), mixture, seed
+        self.summaries = summaries
         longest = int((shape.length - 3) / (1 + 2 * infill.RATIO / infill.SPAN + 0.01)) - 2
         if longest < 1:
             raise UserError(f"batch.length={shape.length} is too short for a text and its frame")
@@ -38,16 +40,29 @@ class Texts:
         self.start = (np.arange(len(self.document)) - first[self.document]) * longest
         self.size = np.minimum(corpus.lengths[self.document] - self.start, longest)
         self._drawn: tuple[int, np.ndarray] = -1, np.empty(0)
+        if summaries:
+            vectors, of = corpus.vectors()
+            if vectors.shape[1] < shape.features:
+                raise UserError(f"task.summaries: the teacher's vectors have {vectors.shape[1]} "
+                                f"features, the model's hidden states {shape.features}")
+            vectors = vectors[:, :shape.features]
+            self.vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            self.vector_of = np.where(counts == 1, of, -1)[self.document]  # whole texts only
 
     def objectives(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, 1, epoch))
         drawn = rng.choice(3, size=len(self.size), p=np.array(self.mixture) / sum(self.mixture))
-        return np.where(self.size < 8, LEFT_TO_RIGHT, drawn)
+        kinds = np.where(self.size < 8, LEFT_TO_RIGHT, drawn)
+        if self.summaries:
+            chosen = np.random.default_rng((self.seed, 3, epoch)).random(len(kinds))
+            kinds[(chosen < self.summaries) & (self.vector_of >= 0)] = SUMMARY
+        return kinds
 
     def lengths(self, epoch: int) -> np.ndarray:
         # A text left to right has two more tokens, a continuation too, a masked text two a span.
         kinds = self.objectives(epoch)
-        return self.size + np.where(kinds == INFILL, 2 * infill.span_count(self.size), 2)
+        added = np.where(kinds == INFILL, 2 * infill.span_count(self.size), 2)
+        return self.size + added + (kinds == SUMMARY)
 
     def piece(self, index: int, epoch: int) -> Piece:
         text = self.corpus[int(self.document[index])]
@@ -58,6 +73,8 @@ class Texts:
         rng = np.random.default_rng((self.seed, 2, epoch, index))
         if kind == CONTINUATION:
             return infill.continuation(text, self.special, rng)
+        if kind == SUMMARY:
+            return infill.summary(text, self.special, self.vectors[self.vector_of[index]])
         if kind == INFILL:
             return infill.infill(text, self.special, rng)
         return infill.left_to_right(text, self.special, ends)
@@ -90,7 +107,11 @@ class Pretrain(NamedTuple):
         digest = hashlib.sha256()
         for split in ("train", "dev"):
             TokenCorpus(self.config.corpus, split)  # says what is wrong when it is not there
-            for name in ("bin", "offsets.npy"):
+            files = ["bin", "offsets.npy"]
+            if self.config.summaries:
+                TokenCorpus(self.config.corpus, split).vectors()
+                files += ["vectors.npy", "vector_of.npy"]
+            for name in files:
                 with open(Path(self.config.corpus) / f"{split}.{name}", "rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
@@ -102,21 +123,47 @@ class Pretrain(NamedTuple):
             raise UserError(f"task.mixture={mixture}: three shares are wanted: "
                             "left to right, continuation, infilling")
         corpus = TokenCorpus(self.config.corpus, split)
-        return Texts(corpus, self.shape, special, mixture, self.seed)
+        summaries = self.config.summaries if split == "train" else float(self.config.summaries > 0)
+        return Texts(corpus, self.shape, special, mixture, self.seed, summaries)
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Sum of the weighted cross-entropies of the targets."""
+        """Sum of the weighted cross-entropies of the targets, and of what summaries lack."""
         hidden, _ = model(batch, key=key)
-        return cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets),
+        loss = cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets),
                              jnp.asarray(batch.weights))
+        if batch.vectors is None:
+            return loss
+        lack = jnp.sum(jnp.asarray(batch.label_weights)) - cosines(hidden, batch)
+        return loss + self.config.summary_weight * lack
 
     def predict(self, model: Any, batch: Batch) -> jax.Array:
-        """The loss of a batch and its weight, `[2]`."""
-        return jnp.stack([self.loss(model, batch, None), jnp.sum(jnp.asarray(batch.weights))])
+        """Cross-entropy of a batch, its weight, and the same of cosines and summaries: `[4]`."""
+        hidden, _ = model(batch)
+        weights = jnp.asarray(batch.weights)
+        loss = cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets), weights)
+        count = jnp.float32(0) if batch.vectors is None else jnp.sum(
+            jnp.asarray(batch.label_weights))
+        cosine = jnp.float32(0) if batch.vectors is None else cosines(hidden, batch)
+        return jnp.stack([loss, jnp.sum(weights), cosine, count])
 
     def evaluate(self, run: Run, split: str) -> Evaluation:
-        """Loss and perplexity a token, of the split's text left to right."""
+        """Loss and perplexity a token, of the split's text left to right; the mean cosine."""
         batches = once(self.source(split), self.shape, self.pad_id)
-        loss, weight = np.sum([np.asarray(run(batch)) for _, batch in batches], axis=0)
-        return Evaluation({"loss": float(loss / weight),
-                           "perplexity": perplexity(float(loss), float(weight))}, {})
+        loss, weight, cosine, count = np.sum([np.asarray(run(batch)) for _, batch in batches],
+                                             axis=0)
+        metrics = {"loss": float(loss / weight),
+                   "perplexity": perplexity(float(loss), float(weight))}
+        return Evaluation(metrics | ({"cosine": float(cosine / count)} if count else {}), {})
+
+
+def cosines(hidden: jax.Array, batch: Batch) -> jax.Array:
+    """The sum of the cosines of pooled hidden states and their vectors (of length 1), float32.
+
+    Args:
+      hidden: `[batch, length, hidden]`.
+    """
+    pooled = jnp.take_along_axis(hidden, jnp.asarray(batch.pool_index)[..., None], axis=1)
+    pooled = pooled.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(pooled * pooled, axis=-1) + 1e-12)
+    cosine = jnp.sum(pooled * jnp.asarray(batch.vectors), axis=-1) / norm
+    return jnp.sum(cosine * jnp.asarray(batch.label_weights))

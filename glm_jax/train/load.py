@@ -72,8 +72,8 @@ class Trained(NamedTuple):
         """Token ids of the first texts of a file or a named data set."""
         records = next(iter(load_records(source, label_field=None).values()))
         texts = [example.text for example in records[:count]]
-        return [np.asarray(ids[:self.shape.length], np.int32)
-                for ids in self.tokenizer.encode_batch(texts)]
+        return [np.asarray(ids, np.int32)
+                for ids in self.tokenizer.encode_batch(texts, length=self.shape.length)]
 
 
 def classifier(trained: Trained, mesh: Mesh) -> tuple[Classification, Run]:
@@ -143,7 +143,7 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["bes
         raise UserError(f"{config.model.path}: it has changed since {folder} was trained on it "
                         f"({changed[0]}); put the old one back, or load an exported folder")
     config.model.dtype = dtype or config.model.dtype
-    tokenizer = load_tokenizer(tokens)
+    tokenizer = setup.tokenizer_of(config)
     parts = setup.make_parts(config, "sequence" if labels else "lm", labels, mesh, tokenizer)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 2**31))
     state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema)

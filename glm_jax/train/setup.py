@@ -83,7 +83,7 @@ def build(config: Any) -> Run:
     if rows % ways:
         raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × fsdp "
                         f"= {ways}")
-    tokenizer = load_tokenizer(folders(config)[1])
+    tokenizer = tokenizer_of(config)
     task = make_task(config, tokenizer)
     return Run(mesh, tokenizer, task, make_parts(config, task.head, task.labels, mesh, tokenizer))
 
@@ -91,6 +91,12 @@ def build(config: Any) -> Run:
 def folders(config: Any) -> tuple[Path, Path]:
     """Where the model's weights lie, and its tokenizer."""
     return resolve(config.model.path), resolve(config.model.tokenizer or config.model.path)
+
+
+def tokenizer_of(config: Any) -> Tokenizer:
+    """The tokenizer of the model, with what the task puts behind each text."""
+    tokenizer, suffix = load_tokenizer(folders(config)[1]), config.task.get("suffix")
+    return tokenizer.ending(suffix) if suffix else tokenizer
 
 
 def check_numbers(config: Any) -> None:
@@ -175,8 +181,11 @@ def make_task(config: Any, tokenizer: Tokenizer) -> Task:
                           batch.examples)
         return Classification.load(config.task, tokenizer, shape, config.seed)
     if config.task.name == "pretrain":
-        return Pretrain(config.task, tokenizer, Shape(batch.rows, batch.length, batch.length),
-                        config.seed)
+        shape = Shape(batch.rows, batch.length, batch.length)
+        if config.task.summaries:
+            shape = shape._replace(examples=batch.examples,
+                                   features=raw_config(config)[1]["hidden_size"])
+        return Pretrain(config.task, tokenizer, shape, config.seed)
     raise UserError(f"task.name={config.task.name!r}: choose 'classification' or 'pretrain'")
 
 

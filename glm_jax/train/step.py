@@ -50,7 +50,7 @@ def judged(state: State) -> dict[str, jax.Array]:
 
 def batch_weight(batch: Batch) -> jax.Array:
     """What the loss of a batch is divided by: the sum of the weights of what is learned."""
-    weights = batch.weights if batch.label_weights is None else batch.label_weights
+    weights = batch.label_weights if batch.weights is None else batch.weights
     return jnp.sum(jnp.asarray(weights))
 
 

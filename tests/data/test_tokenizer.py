@@ -122,3 +122,30 @@ def test_padding_token_falls_back_to_the_end_token():
     tokenizer = Tokenizer(files | {"tokenizer_config.json": json.dumps(config).encode()})
     with pytest.raises(UserError, match="names no pad_token"):
         _ = tokenizer.pad_id
+
+
+def test_a_token_behind_every_text_is_in_the_files_too(tmp_path):
+    import transformers
+    plain = TOKENIZER
+    ours = plain.ending("[sMASK]")
+    last = plain.token_id("[sMASK]")
+    assert ours.encode("房间") == [*plain.encode("房间"), last]
+    assert ours.encode("房间", add_special_tokens=False) == plain.encode("房间", False)
+    assert ours.ending("[sMASK]").encode("房间") == ours.encode("房间")
+    ours.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    texts = ["房间" * 20, "好"]
+    assert ours.encode_batch(texts, length=9) == theirs(
+        texts, truncation=True, max_length=9)["input_ids"]
+    assert [ids[-1] for ids in ours.encode_batch(texts, length=9)] == [last, last]
+    assert load_tokenizer(tmp_path / "saved").encode("房间") == ours.encode("房间")
+
+
+def test_a_token_behind_a_frame_that_is_no_template_is_refused():
+    files = dict(TOKENIZER.files)
+    raw = json.loads(files["tokenizer.json"])
+    files["tokenizer.json"] = json.dumps(raw | {"post_processor": None}).encode()
+    with pytest.raises(UserError, match=r"no tokenizer\.json with a template"):
+        Tokenizer(files).ending("[sMASK]")
+    with pytest.raises(UserError, match="no token '<nothing>'"):
+        TOKENIZER.ending("<nothing>")

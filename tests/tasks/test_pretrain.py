@@ -6,30 +6,37 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from glm_jax.data.corpus import Document, write_tokens
+from glm_jax.data.corpus import Document, TokenCorpus, write_tokens, write_vectors
 from glm_jax.data.packing import Batches, Shape
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
-from glm_jax.tasks.pretrain import Pretrain
+from glm_jax.tasks.pretrain import Pretrain, cosines
 from glm_jax.train.loop import train
+from glm_jax.train.step import batch_weight
 
 SHAPE = Shape(2, 48, 48)
 
 
-@pytest.fixture
-def corpus(base, tmp_path):
+def write(folder, base, longest, copies=1):
     draw = np.random.default_rng(0)
     tokenizer = load_tokenizer(base)
     for split, count in (("train", 60), ("dev", 5)):
-        texts = ["".join(draw.choice(list("房间干净早餐差床单脏"), draw.integers(3, 120)))
+        texts = ["".join(draw.choice(list("房间干净早餐差床单脏"), draw.integers(3, longest)))
                  for _ in range(count)]
-        write_tokens(tmp_path / "corpus", split, [Document(text, 0) for text in texts], tokenizer)
-    return tmp_path / "corpus"
+        write_tokens(folder, split, [Document(text, 0) for text in texts * copies],
+                     tokenizer)
+    return folder
 
 
-def make(base, corpus, mixture=(0.4, 0.2, 0.4)):
-    config = ConfigDict({"corpus": str(corpus), "mixture": mixture})
-    return Pretrain(config, load_tokenizer(base), SHAPE, seed=0)
+@pytest.fixture
+def corpus(base, tmp_path):
+    return write(tmp_path / "corpus", base, 120)
+
+
+def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE):
+    config = ConfigDict({"corpus": str(corpus), "mixture": mixture, "summaries": summaries,
+                         "summary_weight": 7.0})
+    return Pretrain(config, load_tokenizer(base), shape, seed=0)
 
 
 def test_the_loss_and_the_perplexity(base, corpus, tiny):
@@ -41,12 +48,85 @@ def test_the_loss_and_the_perplexity(base, corpus, tiny):
     own = np.take_along_axis(np.asarray(logp), batch.targets[..., None], -1)[..., 0]
     wanted = -(own * batch.weights).sum()
     assert float(task.loss(model, batch, None)) == pytest.approx(float(wanted), rel=1e-4)
-    loss, weight = task.predict(model, batch)
+    loss, weight, *none = task.predict(model, batch)
     assert (float(loss), float(weight)) == pytest.approx((wanted, batch.weights.sum()), rel=1e-4)
+    assert none == [0, 0] and batch.vectors is None
 
-    result = task.evaluate(lambda b: jnp.stack([2.0 * b.weights.sum(), b.weights.sum()]), "dev")
+    result = task.evaluate(
+        lambda b: jnp.stack([2.0 * b.weights.sum(), b.weights.sum(), 0.0, 0.0]), "dev")
     assert result.metrics == pytest.approx({"loss": 2.0, "perplexity": np.exp(2.0)})
     assert tuple(result.metrics) == task.metrics
+
+
+@pytest.fixture
+def taught(base, tmp_path):
+    """A corpus with vectors of 6 features for some of its short documents, each there twice."""
+    draw, corpus = np.random.default_rng(1), write(tmp_path / "taught", base, 14, copies=2)
+    documents = {split: TokenCorpus(corpus, split).short(30, 40) for split in ("train", "dev")}
+    vectors = {split: draw.normal(size=(len(found), 6)) * [9, 1, 3, 1, 1, 1] + 5
+               for split, found in documents.items()}
+    write_vectors(corpus, documents, vectors)
+    return corpus
+
+
+def test_summaries_learn_the_direction_of_their_vectors(base, taught):
+    shape = SHAPE._replace(features=4, examples=6)
+    task = make(base, taught, summaries=0.7, shape=shape)
+    batches = Batches(task.source("train"), shape, task.pad_id, 0)
+    batch = next(b for b in map(batches.__getitem__, range(20))
+                 if 1 < b.label_weights.sum() < b.segments.max(axis=1).sum())
+    smask = task.tokenizer.token_id("[sMASK]")
+    row, place = np.nonzero(batch.label_weights)
+    assert (batch.tokens[row, batch.pool_index[row, place]] == smask).all()
+    assert (batch.tokens == smask).sum() == len(row)
+    hidden = np.zeros((2, 48, 4), np.float32)
+    hidden[row, batch.pool_index[row, place]] = draws = np.random.default_rng(0).normal(
+        size=(len(row), 4))
+    wanted = [a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+              for a, b in zip(draws, batch.vectors[row, place], strict=True)]
+    assert float(cosines(jnp.asarray(hidden), batch)) == pytest.approx(sum(wanted), rel=1e-4)
+
+    class Fixed:
+        """A model whose hidden states are given."""
+        def __call__(self, batch, key=None):
+            return jnp.asarray(hidden), None
+
+        def vocabulary_kernel(self):
+            return jnp.ones((4, 320))
+
+    loss, _, cosine, count = task.predict(Fixed(), batch)
+    assert (float(cosine), float(count)) == pytest.approx((sum(wanted), len(row)), rel=1e-4)
+    whole = float(task.loss(Fixed(), batch, None))
+    assert whole == pytest.approx(float(loss) + 7 * (len(row) - sum(wanted)), rel=1e-4)
+    result = task.evaluate(lambda b: jnp.asarray([2.0, 1.0, 3.0, 4.0]), "dev")
+    assert result.metrics["cosine"] == pytest.approx(0.75)
+
+
+def test_a_step_divides_by_the_tokens_of_a_batch_with_vectors(base, taught):
+    shape = SHAPE._replace(features=4, examples=6)
+    task = make(base, taught, summaries=1.0, shape=shape)
+    batch = Batches(task.source("train"), shape, task.pad_id, 0)[0]
+    assert float(batch_weight(batch)) == batch.weights.sum() != batch.label_weights.sum()
+
+
+def test_vectors_lie_along_their_principal_axes_and_copies_share_them(taught):
+    corpus = TokenCorpus(taught, "train")
+    vectors, of = corpus.vectors()
+    assert sorted(set(of)) == [-1, *range(40)] and (corpus.lengths[of >= 0] <= 30).all()
+    assert (np.bincount(of[of >= 0]) == 2).all()
+    spread = vectors.std(axis=0)
+    assert (np.diff(spread) < 0).all()
+    np.testing.assert_allclose(np.corrcoef(vectors.T), np.eye(6), atol=2e-2)
+    assert 2 < (spread[0] / spread[-1]) < 5  # the root of a ratio of about 10
+
+
+def test_vectors_of_another_corpus_are_refused(base, taught):
+    with pytest.raises(UserError, match=r"no sentence vectors there .*launch/embed.py"):
+        (taught / "dev.vectors.npy").unlink()
+        make(base, taught, summaries=0.5).fingerprint()
+    write_tokens(taught, "train", [Document("房间" * 20, 0)], load_tokenizer(base))
+    with pytest.raises(UserError, match="of another corpus"):
+        make(base, taught, summaries=0.5).source("train")
 
 
 def test_dev_is_read_left_to_right_whatever_the_mixture(base, corpus):
