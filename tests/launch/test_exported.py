@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from glm_jax.parallel.mesh import make_mesh
+from glm_jax.train.load import classifier, load_trained
 from glm_jax.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,18 @@ def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tm
     assert "no checkpoint '5'" in refused("evaluate", f"--model={folder}", "--step=5")
     assert "has no step 5" in refused("evaluate", f"--model={folder / 'adapter'}", "--step=5")
     assert "--model" in refused("evaluate")
+
+
+def test_the_exported_tokenizer_gives_transformers_what_was_trained_on(run):
+    import transformers
+    folder, mesh = run(), make_mesh({"data": 1})
+    task, _ = classifier(load_trained(folder, mesh), mesh)
+    texts = ["房间喜欢", "电梯糟糕,早餐难吃" * 30]  # one is longer than a row
+    ours = [ids.tolist() for ids in task.encode(texts)]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "adapter")
+    assert theirs(texts, truncation=True)["input_ids"] == ours
+    assert {ids[-1] for ids in ours} == {theirs.convert_tokens_to_ids("[sMASK]")}
+    assert len(ours[1]) == task.shape.length
 
 
 def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, reviews, tmp_path):
