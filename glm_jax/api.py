@@ -28,7 +28,6 @@ from glm_jax.parallel.mesh import make_mesh, use_mesh_of
 __all__ = ["forward", "from_pretrained", "generate", "load_tokenizer", "save_pretrained"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-HEADS = ("lm", "sequence", "token")
 
 
 def _want(name: str, value: Any, kinds: Any, wanted: str) -> None:
@@ -59,8 +58,6 @@ def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
     _want("folder", folder, str | Path, "a path")
     _want("mesh", mesh, Mesh | Mapping | None, "a mesh or its sizes by axis")
     where = mesh if isinstance(mesh, Mesh | None) else make_mesh(mesh)
-    if overrides.get("head", "lm") not in HEADS:
-        raise UserError(f"head must be one of {', '.join(HEADS)}, not {overrides['head']!r}")
     _want("seed", overrides.get("seed", 0), int, "a whole number")
     if adapter is not None:
         _want("adapter", adapter, str | Path, "a path")

@@ -159,7 +159,7 @@ def test_an_adapter_is_put_on_top_and_merged_on_saving(tiny, tmp_path):
     (lambda f, m: glm_jax.from_pretrained(3), "folder must be a path, not 3"),
     (lambda f, m: glm_jax.from_pretrained(f, mesh="fsdp"), "mesh must be a mesh or its sizes"),
     (lambda f, m: glm_jax.from_pretrained(f, mesh={"fsdp": "2"}), "fsdp must be a whole number"),
-    (lambda f, m: glm_jax.from_pretrained(f, head="both"), "head must be one of lm, sequence"),
+    (lambda f, m: glm_jax.from_pretrained(f, head="both"), "glm has no head 'both'; it has lm,"),
     (lambda f, m: glm_jax.from_pretrained(f, seed="x"), "seed must be a whole number, not 'x'"),
     (lambda f, m: glm_jax.forward(f, TOKENS), "model must be what from_pretrained gives"),
     (lambda f, m: glm_jax.forward(m, TOKENS, [[1], [1, 2]]), "attention_mask has shape"),

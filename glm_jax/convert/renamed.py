@@ -13,16 +13,6 @@ WAYS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("chatglm", "glm"): to_glm, ("glm", "chatglm"): from_glm}
 
 
-def as_glm(model: Any) -> Any:
-    """`renamed` to `glm`: what transformers loads without remote code."""
-    return renamed(model, "glm")
-
-
-def as_chatglm(model: Any) -> Any:
-    """`renamed` to `chatglm`: the original naming of ChatGLM3 and GLM-4."""
-    return renamed(model, "chatglm")
-
-
 def renamed(model: Any, name: str) -> Any:
     """The model under another architecture's config and names; the parameters are shared.
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import glm_jax
 from glm_jax.convert.hf import flat, load_model, save_model
 from glm_jax.convert.released import Released
-from glm_jax.convert.renamed import as_chatglm, as_glm
+from glm_jax.convert.renamed import renamed
 from glm_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -249,8 +249,8 @@ def test_as_glm_transformers_computes_the_same(tmp_path):
 
 def test_as_glm_and_back_is_the_same_to_the_byte(tmp_path):
     model = load_model(folder_of(tmp_path / "in", release()))
-    save_model(as_glm(model), tmp_path / "glm")
-    again = as_chatglm(load_model(tmp_path / "glm"))
+    save_model(renamed(model, "glm"), tmp_path / "glm")
+    again = renamed(load_model(tmp_path / "glm"), "chatglm")
     assert again.config == model.config
     save_model(again, tmp_path / "out")
     same_bytes(load_file(tmp_path / "out/model.safetensors"), release())
@@ -271,10 +271,10 @@ def test_what_chatglm_cannot_be_is_named(tiny, fields, named):
     architecture = architecture_of(raw)
     model = init_model(architecture, architecture.config.from_dict(raw), "lm")
     with pytest.raises(UserError) as error:
-        as_chatglm(model)
+        renamed(model, "chatglm")
     assert named in str(error.value)
 
 
 def test_a_classifier_is_not_renamed(tiny):
     with pytest.raises(UserError, match="architectures: the sequence classifiers"):
-        as_chatglm(tiny("sequence"))
+        renamed(tiny("sequence"), "chatglm")
