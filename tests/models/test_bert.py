@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import glm_jax
 from glm_jax.convert.hf import flat, load_model, save_model, tensors
 from glm_jax.data.packing import Piece, assemble, shape_for
 from glm_jax.errors import UserError
@@ -121,6 +122,8 @@ def test_a_pretrained_folder_gets_a_classifier(tiny, tmp_path):
     model = load_model(tmp_path / "bert", head="sequence", num_labels=4)
     np.testing.assert_array_equal(model.pooler.kernel[...], 0.5)
     assert model.score.kernel[...].shape == (32, 4)
+    assert {glm_jax.from_pretrained(tmp_path / "bert", head=head).head for head in CLASSES
+            } == set(CLASSES)
     with pytest.raises(UserError, match=r"missing: embeddings\.word_embeddings.weight"):
         rewritten(tmp_path / "bert", lambda name: name.replace("word_emb", "wort_emb"))
         load_model(tmp_path / "bert")
