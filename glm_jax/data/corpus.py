@@ -67,7 +67,7 @@ def build(sources: Iterable[Source], progress: Callable[[str], None] = print
         counts = {"docs": 0, "chars": 0, "dev_docs": 0, "leaked": 0}
         for text in map(clean, source.read()):
             if text in seen or len(text) < (
-                MIN_REVIEW_CHARS if source.name == "reviews" else MIN_CHARS
+                MIN_REVIEW_CHARS if source.name.startswith("review") else MIN_CHARS
             ):
                 continue
             seen.add(text)

@@ -33,9 +33,9 @@ def corpus(base, tmp_path):
     return write(tmp_path / "corpus", base, 120)
 
 
-def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE):
+def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE, dropout=0.0):
     config = ConfigDict({"corpus": str(corpus), "mixture": mixture, "summaries": summaries,
-                         "summary_weight": 7.0})
+                         "summary_weight": 7.0, "word_dropout": dropout})
     return Pretrain(config, load_tokenizer(base), shape, seed=0)
 
 
@@ -100,6 +100,28 @@ def test_summaries_learn_the_direction_of_their_vectors(base, taught):
     assert whole == pytest.approx(float(loss) + 7 * (len(row) - sum(wanted)), rel=1e-4)
     result = task.evaluate(lambda b: jnp.asarray([2.0, 1.0, 3.0, 4.0]), "dev")
     assert result.metrics["cosine"] == pytest.approx(0.75)
+
+
+def test_word_dropout_hides_what_summaries_read_and_not_what_they_predict(base, taught):
+    shape = SHAPE._replace(features=4, examples=6)
+    plain, hiding = (make(base, taught, summaries=1.0, shape=shape, dropout=rate)
+                     for rate in (0.0, 0.5))
+    mask = plain.tokenizer.token_id("[MASK]")
+    whole, hidden = (task.source("train") for task in (plain, hiding))
+    shares = []
+    for index in np.flatnonzero(whole.objectives(0) == 3)[:40]:
+        a, b = whole.piece(int(index), 0), hidden.piece(int(index), 0)
+        np.testing.assert_array_equal(a.targets, b.targets)
+        np.testing.assert_array_equal(a.tokens[[0, 1, -1]], b.tokens[[0, 1, -1]])
+        assert set(b.tokens[a.tokens != b.tokens]) <= {mask} and mask not in a.tokens
+        shares.append((b.tokens[2:-1] == mask).mean())
+    assert 0.4 < np.mean(shares) < 0.6
+    again = hidden.piece(int(index), 1).tokens
+    assert (again != b.tokens).any() and (hidden.piece(int(index), 0).tokens == b.tokens).all()
+    dev = hiding.source("dev")
+    assert all(mask not in dev.piece(i, 0).tokens for i in range(len(dev.size)))
+    with pytest.raises(UserError, match=r"task.word_dropout=1.0: a share"):
+        make(base, taught, dropout=1.0).source("train")
 
 
 def test_a_step_divides_by_the_tokens_of_a_batch_with_vectors(base, taught):
