@@ -4,7 +4,7 @@
 
 Writes `{train,dev}.vectors.npy` and `{train,dev}.vector_of.npy` into the corpus' folder: vectors
 turned so that their features come in the order of their variance, and each document's (-1: none).
-A student of any width learns the first features (`task.sentences` of configs/pretrain.py).
+A student of any width learns the first features (`task.summaries` of configs/pretrain.py).
 """
 
 import sys
