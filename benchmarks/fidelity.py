@@ -31,12 +31,9 @@ KINDS = ("forward", "gradient", "generation", "round trip")
 
 
 def family(folder: Path) -> str | None:
-    """The architecture that a folder is of, `… + LoRA` with an adapter; None of a tokenizer."""
-    base = folder / "base" if (folder / "adapter").is_dir() else folder
-    if not (base / "config.json").exists():
-        return None
-    name = architecture_of(read_json(base / "config.json")).name
-    return name if base == folder else f"{name} + LoRA"
+    """The architecture that a folder is of, that of the base of an adapter; None of a tokenizer."""
+    path = folder / ("base" if (folder / "adapter").is_dir() else "") / "config.json"
+    return architecture_of(read_json(path)).name if path.exists() else None
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -96,8 +93,7 @@ def main(argv: Sequence[str]) -> int:
         if name is not None:
             print(f"{folder.name} …", file=sys.stderr, flush=True)
             rows[name].append(measure(folder))
-    order = [row.name for row in REGISTRY]
-    rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0].split(" ")[0])))
+    rows = {row.name: rows[row.name] for row in REGISTRY if row.name in rows}
     head, *lines = table(rows)
     for line in (head, ["---", *["--:"] * (len(head) - 1)], *lines):
         print("| " + " | ".join(line) + " |")
