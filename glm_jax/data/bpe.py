@@ -1,6 +1,7 @@
-"""What `tokenizers` encodes by: tokenizer.json, and GLM-4's tokenizer.model (tiktoken's form)."""
+"""What `tokenizers` encodes by: tokenizer.json, BERT's vocab.txt, GLM-4's tokenizer.model."""
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,41 @@ def read_json(content: bytes, where: str) -> Bpe:
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(f"{where}: tokenizer.json can't be read: {error}. "
                         "Copy the file again from its source.") from None
+
+
+def read_wordpiece(content: bytes, config: Mapping[str, Any], where: str) -> Bpe:
+    """BERT's tokenizer from a vocab.txt, as transformers' BertTokenizer reads it.
+
+    Args:
+      config: tokenizer_config.json, for `do_lower_case`, `tokenize_chinese_chars`, `strip_accents`
+        and the names of the special tokens.
+
+    Raises:
+      UserError: when it is not UTF-8, or lacks a special token.
+    """
+    try:
+        lines = io.TextIOWrapper(io.BytesIO(content), "utf-8").readlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: vocab.txt is not UTF-8: {error}") from None
+    ids = {line.rstrip("\n"): i for i, line in enumerate(lines)}
+    named = {name: config.get(f"{name}_token") or f"[{name.upper()}]"
+             for name in ("unk", "sep", "pad", "cls", "mask")}
+    special = {name: str(token["content"] if isinstance(token, Mapping) else token)
+               for name, token in named.items()}
+    if lacking := [token for token in special.values() if token not in ids]:
+        raise UserError(f"{where}: vocab.txt has no line {lacking[0]}")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token=special["unk"]))
+    inner.normalizer = tokenizers.normalizers.BertNormalizer(
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"), lowercase=config.get("do_lower_case", True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    inner.decoder = tokenizers.decoders.WordPiece()
+    inner.add_special_tokens(list(special.values()))
+    cls, sep = special["cls"], special["sep"]
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, ids[token]) for token in (cls, sep)])
+    return Bpe(inner)
 
 
 def is_ranks(content: bytes) -> bool:

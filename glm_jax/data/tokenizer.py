@@ -1,7 +1,7 @@
 """Loads tokenizer folders of every version, and trains a byte-level BPE tokenizer of GLM's kind.
 
 A folder holds the released files: tokenizer.json, tokenizer.model (sentencepiece or tiktoken),
-ice_text.model or cog-pretrain.model, with tokenizer_config.json.
+ice_text.model, cog-pretrain.model or vocab.txt (BERT), with tokenizer_config.json.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from glm_jax.data.bpe import Bpe, is_ranks, read_json, read_ranks
+from glm_jax.data.bpe import Bpe, is_ranks, read_json, read_ranks, read_wordpiece
 from glm_jax.data.pieces import LAYOUTS, Pieces
 from glm_jax.errors import UserError
 
@@ -22,9 +22,10 @@ SPECIAL_TOKENS = (
 )
 PREFIX = ("[gMASK]", "<sop>")  # how every encoding begins, as GLM-4's does
 # What holds the vocabulary, the first that is there; and what else belongs to a tokenizer.
-VOCABULARIES = ("tokenizer.json", "ice_text.model", "tokenizer.model", "cog-pretrain.model")
+VOCABULARIES = ("tokenizer.json", "ice_text.model", "tokenizer.model", "cog-pretrain.model",
+                "vocab.txt")
 FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt")
+         "chat_template.jinja", "vocab.json", "merges.txt")
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -100,7 +101,8 @@ class Tokenizer:
       files: the folder's files by name.
       config: tokenizer_config.json.
       version: `chatglm1`, `chatglm2`, `chatglm3`, `glm4` (tiktoken's form) or `glm2021`, each with
-        the rules of its released code; `json` for a tokenizer.json, which says all itself.
+        the rules of its released code; `bert` for a vocab.txt; `json` for a tokenizer.json, which
+        says all itself.
       special: ids of the special tokens by name.
     """
 
@@ -155,6 +157,14 @@ class Tokenizer:
             found = self.named_id("eos_token")
         if found is None:
             raise UserError(f"{self.where}: tokenizer_config.json names no pad_token")
+        return found
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a hidden token."""
+        found = self.named_id("mask_token")
+        if found is None:
+            raise UserError(f"{self.where}: tokenizer_config.json names no mask_token")
         return found
 
     def encode(self, text: str, add_special_tokens: bool = True, *, pair: str | None = None,
@@ -233,7 +243,10 @@ class Tokenizer:
 _DEFAULTS = {version: {"eos_token": layout.eos, "pad_token": layout.pad}
              for version, layout in LAYOUTS.items()}
 _DEFAULTS["glm4"] = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
-_DEFAULTS["json"] = {"eos_token": "[SEP]", "pad_token": "[PAD]"}  # BERT's, whose files name none
+# BERT's, whose files name none
+_DEFAULTS["json"] = _DEFAULTS["bert"] = {"eos_token": "[SEP]", "pad_token": "[PAD]"}
+for _names in _DEFAULTS.values():
+    _names["mask_token"] = "[MASK]"
 
 
 def _read(files: Mapping[str, bytes], config: Mapping[str, Any], where: str
@@ -249,6 +262,8 @@ def _read(files: Mapping[str, bytes], config: Mapping[str, Any], where: str
             raise UserError(f"{where}: tokenizer_config.json is missing; copy it from the model's "
                             "source")
         return "json", read_json(content, where)
+    if name == "vocab.txt":
+        return "bert", read_wordpiece(content, config, where)
     if name == "tokenizer.model" and is_ranks(content):
         return "glm4", read_ranks(content, config, where)
     version, first = {"ice_text.model": "chatglm1", "cog-pretrain.model": "glm2021"}.get(name), 0

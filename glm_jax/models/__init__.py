@@ -59,7 +59,8 @@ REGISTRY = (
     Architecture(
         "chatglm", lambda c: c.get("model_type") == "chatglm" and "multi_query_group_num" in c,
         chatglm.ChatGLMConfig, Decoder, chatglm.weights,
-        {"lm": "ChatGLMModel", "sequence": "ChatGLMForSequenceClassification"}),
+        {"lm": "ChatGLMModel", "sequence": "ChatGLMForSequenceClassification",
+         "token": "ChatGLMForTokenClassification"}),
     Architecture(
         "glm2021", lambda c: c.get("model_type") == "glm" and "num_layers" in c,
         glm2021.Glm2021Config, glm2021.Glm2021, glm2021.weights, {"lm": "GLMModel"},

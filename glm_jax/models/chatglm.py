@@ -71,7 +71,11 @@ class ChatGLMConfig(DecoderConfig):
 
 
 def weights(config: ChatGLMConfig, head: str) -> list[Weight]:
-    """The released names of every parameter of `Decoder(config, head)`."""
+    """The released names of every parameter of `Decoder(config, head)`.
+
+    There is no released class for the token classifier: its head is named and biased as that of
+    `ChatGLMForSequenceClassification`.
+    """
     layer = "transformer.encoder.layers.{}."
     fused = layer + "self_attention.query_key_value"
     kernels, biases = (tuple(f"layers.self_attn.{x}_proj.{kind}" for x in "qkv")
@@ -90,7 +94,7 @@ def weights(config: ChatGLMConfig, head: str) -> list[Weight]:
         *norm("transformer.encoder.final_layernorm", "norm"),
         *linear("transformer.output_layer", "lm_head"),
     ]
-    return rows + (linear("classifier_head", "score", bias=True) if head == "sequence" else [])
+    return rows + (linear("classifier_head", "score", bias=True) if head != "lm" else [])
 
 
 def _frequencies(dim: int, dtype: np.dtype) -> np.ndarray:

