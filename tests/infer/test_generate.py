@@ -187,8 +187,9 @@ def test_a_stream_gives_what_generate_gives(tiny, how):
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"model_type": "glm4_moe", "n_routed_experts": 4, "first_k_dense_replace": 1,
-         "num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24}])
+    {}, {"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "first_k_dense_replace": 1, "num_hidden_layers": 3, "num_key_value_heads": 2,
+         "head_dim": 8, "moe_intermediate_size": 24}])
 def test_layers_apart_compute_the_same_in_the_same_memory(tiny, fields):
     model = tiny(**fields)
     parts = apart(model)
