@@ -18,7 +18,8 @@ from glm_jax.convert.hf import load_model, save_model
 from glm_jax.convert.renamed import renamed
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from glm_jax.errors import UserError
-from glm_jax.infer.generate import Generation, check_tokens
+from glm_jax.infer.beam import Beams, beam_search
+from glm_jax.infer.generate import Generation, Room, check_tokens
 from glm_jax.infer.generate import generate as generate_tokens
 from glm_jax.infer.sampling import sampling
 from glm_jax.models import architecture_of, as_batch
@@ -134,7 +135,9 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
         `[batch, length]`.
       attention_mask: with tokens: 1 for real ones, which may stand on either side.
       eos_token_id: where to stop; the config's by default, `()` for nowhere.
-      how: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`.
+      how: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`; `num_beams` for beam
+        search, with `length_penalty` and `early_stopping` (see `infer.beam`); `cache_dtype` and
+        `cache_length` (see `infer.generate.Room`).
 
     Returns:
       The continuation as a text, a list of texts, or a `Generation` (tokens and lengths).
@@ -142,13 +145,20 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
     Raises:
       UserError: for an unknown or impossible setting, or a model without an LM head.
     """
-    known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
+             "length_penalty", "early_stopping", "cache_dtype", "cache_length")
     if unknown := [name for name in how if name not in known]:
         raise UserError(f"generate: unknown setting {unknown[0]!r}; there are {', '.join(known)}")
     _want_model(model)
     _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
     _want("max_new_tokens", max_new_tokens, int, "a whole number")
     _want("seed", seed, int, "a whole number")
+    num_beams, length_penalty = how.pop("num_beams", 1), how.pop("length_penalty", 1.0)
+    early, cache_dtype = how.pop("early_stopping", False), how.pop("cache_dtype", None)
+    room = Room(None if cache_dtype is None else _dtype(cache_dtype), how.pop("cache_length", None))
+    _want("num_beams", num_beams, int, "a whole number")
+    _want("length_penalty", length_penalty, int | float, "a number")
+    _want("cache_length", room.length, int | None, "a whole number")
     _want("prompt", prompt, str | Sequence | Array, "a text, several, or token ids")
     texts: Any = [prompt] if isinstance(prompt, str) else prompt
     is_text = (not isinstance(texts, Array) and len(texts) > 0
@@ -169,9 +179,17 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
     ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
     for number in ids:
         _want("eos_token_id", number, int | np.integer, "a token id, or several")
-    out: Generation = generate_tokens(
-        model, tokens, attention_mask, max_new_tokens=max_new_tokens, how=sampling(**how),
-        stop_ids=ids, pad_id=model.config.pad_token_id or 0, seed=seed)
+    common: dict[str, Any] = {
+        "attention_mask": attention_mask, "max_new_tokens": max_new_tokens, "stop_ids": ids,
+        "pad_id": model.config.pad_token_id or 0, "room": room}
+    settings = sampling(**how)
+    if num_beams == 1:
+        out: Generation = generate_tokens(model, tokens, how=settings, seed=seed, **common)
+    elif settings.temperature is not None:
+        raise UserError("generate: num_beams and a temperature don't go together")
+    else:
+        out, _ = beam_search(model, tokens, beams=Beams(
+            num_beams, length_penalty, early, settings.repetition_penalty), **common)
     if not is_text or tokenizer is None:
         return out
     found = [tokenizer.decode(row[:length].tolist())

@@ -83,6 +83,14 @@ def arguments() -> list[str]:
     return list(_ARGUMENTS)
 
 
+def read_stdin() -> str:
+    """All of standard input; UserError where that is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 at byte {error.start}") from None
+
+
 def column(given: str | None, trained: Any, kind: str) -> str:
     """The column of the texts or labels (`kind`): as given, else the run's own, else its kind."""
     own = trained.config.task.get(kind) if trained.config is not None else None

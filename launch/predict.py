@@ -22,14 +22,6 @@ TEXT = flags.DEFINE_string("text", None, "column of the texts in --file; the run
 JSONL = flags.DEFINE_bool("jsonl", False, "one JSON object a line: text, label, probabilities")
 
 
-def read_stdin() -> str:
-    from glm_jax.errors import UserError
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 at byte {error.start}") from None
-
-
 def main() -> None:
     from glm_jax.data.records import read_texts, split_texts
     from glm_jax.errors import UserError
@@ -38,7 +30,7 @@ def main() -> None:
 
     texts = door.arguments()
     if not texts and not FILE.value:
-        texts = split_texts(read_stdin())
+        texts = split_texts(door.read_stdin())
     if not texts and not FILE.value:
         raise UserError("no text: give one as an argument, --file, or standard input")
     mesh = make_mesh({})

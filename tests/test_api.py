@@ -12,6 +12,7 @@ from glm_jax.adapters.lora import LoRAConfig, attach
 from glm_jax.adapters.peft import save_adapter
 from glm_jax.convert.hf import flat, save_model
 from glm_jax.data.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
+from glm_jax.infer.beam import Beams, beam_search
 from glm_jax.infer.generate import generate as generate_tokens
 from glm_jax.parallel.mesh import make_mesh
 
@@ -81,6 +82,24 @@ def test_texts_and_tokens_generate_the_same(model, tokenizer):
     assert [glm_jax.generate(model, text, **kwargs) for text in texts] == wanted
     np.testing.assert_array_equal(out.tokens[1:], generate_tokens(
         model, np.array([ids[1]]), max_new_tokens=6).tokens)
+
+
+def test_beams_and_the_cache_are_options(model, tokenizer):
+    greedy = glm_jax.generate(model, TOKENS, max_new_tokens=5, eos_token_id=()).tokens
+    small = glm_jax.generate(model, TOKENS, max_new_tokens=5, eos_token_id=(),
+                             cache_dtype="float32", cache_length=11).tokens
+    np.testing.assert_array_equal(small, greedy)
+    wide, _ = beam_search(model, TOKENS, max_new_tokens=5, beams=Beams(4, 0.5))
+    found = glm_jax.generate(model, TOKENS, max_new_tokens=5, eos_token_id=(), num_beams=4,
+                             length_penalty=0.5)
+    np.testing.assert_array_equal(found.tokens, wide.tokens)
+    assert (found.tokens != greedy).any()
+    for wrong, message in (({"num_beams": 2, "temperature": 1.0}, "don't go together"),
+                           ({"num_beams": 0}, "num_beams must be at least 1"),
+                           ({"cache_length": 10}, "don't fit into a cache of length 10"),
+                           ({"cache_dtype": "int8"}, "dtype must be one of")):
+        with pytest.raises(glm_jax.UserError, match=message):
+            glm_jax.generate(model, TOKENS, max_new_tokens=5, **wrong)
 
 
 def test_it_stops_where_the_config_says(model, folder):

@@ -16,16 +16,22 @@ def bucket(length: int) -> int:
     return size
 
 
-def empty_cache(config: Any, batch: int, slots: int, dtype: Any) -> Cache:
+def empty_cache(config: Any, batch: int, slots: int, dtype: Any, apart: bool = False) -> Cache:
     """A cache of `slots` unused slots a row, laid out on the mesh of `jax.set_mesh`.
 
     Args:
       config: a model's; its layers, key-value heads, head size and position streams are read.
       dtype: what the keys and values are kept in.
+      apart: each layer has arrays of its own, as a model has whose layers are apart.
     """
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-    keys, values = (constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)
-                    for _ in range(2))
+    count = config.num_hidden_layers
+    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+
+    def empty() -> Any:
+        if apart:
+            return tuple(jnp.zeros(shape, dtype) for _ in range(count))
+        return constrain(jnp.zeros((count, *shape), dtype), None, "batch", None, "heads", None)
+
     unused = constrain(jnp.zeros((batch, slots), jnp.int32), "batch", None)
     positions = constrain(jnp.zeros((batch, config.streams), jnp.int32), "batch", None)
-    return Cache(keys, values, unused, unused, positions, jnp.zeros((), jnp.int32))
+    return Cache(empty(), empty(), unused, unused, positions, jnp.zeros((), jnp.int32))

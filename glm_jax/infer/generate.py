@@ -1,7 +1,7 @@
-"""Generation with a static key-value cache: one compiled prefill, one compiled decode loop."""
+"""Generation with a static key-value cache: a compiled prefill, and a compiled decoding loop."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from glm_jax.infer.sampling import Sampling, choose
 from glm_jax.models import as_batch
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch
+from glm_jax.nn.layers import apart
 from glm_jax.parallel.mesh import use_mesh_of
 
 
@@ -38,7 +39,25 @@ class Stop(NamedTuple):
     limit: jax.Array
 
 
-class _Loop(NamedTuple):
+class Room(NamedTuple):
+    """What the cache is like.
+
+    Attributes:
+      dtype: what keys and values are kept in; the model's own by default.
+      length: slots, for prompt and answer together; as many as the buckets of both have by
+        default. With one length for all calls decoding is compiled once.
+    """
+
+    dtype: Any = None
+    length: int | None = None
+
+
+ROOM = Room()
+
+
+class Loop(NamedTuple):
+    """Where decoding stands; `size` is the most tokens that there may be."""
+
     chosen: jax.Array  # tokens chosen so far
     last: jax.Array  # [batch] the newest
     tokens: jax.Array  # [batch, size] all of them
@@ -48,9 +67,33 @@ class _Loop(NamedTuple):
     cache: Cache
 
 
+class Prompt(NamedTuple):
+    """What prefill takes: the model in two parts, rows aligned at the right, cache and sizes."""
+
+    graphdef: Any
+    state: Any
+    rows: np.ndarray  # [batch, length]
+    mask: np.ndarray
+    slots: int
+    size: int
+    cache_dtype: Any
+
+    def prefill(self) -> tuple[jax.Array, Cache]:
+        """The last position's logits `[batch, vocabulary]`, and the cache."""
+        return prefill(self.graphdef, self.state, self.rows, self.mask, slots=self.slots,
+                       cache_dtype=self.cache_dtype)
+
+    def seen(self, vocabulary: int) -> jax.Array:
+        """`[batch, vocabulary]` bool: the tokens of each row."""
+        seen = np.zeros((len(self.rows), vocabulary), bool)
+        row, column = np.nonzero(self.mask)
+        seen[row, self.rows[row, column]] = True
+        return jnp.asarray(seen)
+
+
 def generate(model: Any, tokens: Array, attention_mask: Array | None = None, *,
              max_new_tokens: int, how: Sampling | None = None, stop_ids: Iterable[int] = (),
-             pad_id: int = 0, seed: int = 0) -> Generation:
+             pad_id: int = 0, seed: int = 0, room: Room = ROOM) -> Generation:
     """Continues each row of tokens until a stop token, or for `max_new_tokens`.
 
     Lengths are rounded up to buckets, so that most calls find their program compiled; a change of
@@ -66,26 +109,57 @@ def generate(model: Any, tokens: Array, attention_mask: Array | None = None, *,
 
     Raises:
       UserError: for rows without tokens, ids outside the vocabulary, a model without an LM head,
-        or a prompt without `<sop>` where the model needs one.
+        a prompt without `<sop>` where the model needs one, or a cache that is too short.
     """
+    *_, last = stream(model, tokens, attention_mask, every=max_new_tokens,
+                      max_new_tokens=max_new_tokens, how=how, stop_ids=stop_ids, pad_id=pad_id,
+                      seed=seed, room=room)
+    return last
+
+
+def stream(model: Any, tokens: Array, attention_mask: Array | None = None, *,
+           max_new_tokens: int, how: Sampling | None = None, stop_ids: Iterable[int] = (),
+           pad_id: int = 0, seed: int = 0, room: Room = ROOM, every: int = 1
+           ) -> Iterator[Generation]:
+    """As `generate`, giving all there is so far after every `every` tokens: the same in the end."""
+    how = how or Sampling()
+    prompt = make_prompt(model, tokens, attention_mask, max_new_tokens, room)
+    stop = Stop(jnp.asarray(list(stop_ids), jnp.int32), jnp.int32(pad_id),
+                jnp.int32(max_new_tokens))
+    key = jax.random.key(seed)
+    with use_mesh_of(prompt.state):
+        logits, cache = prompt.prefill()
+        seen = None if how.repetition_penalty is None else prompt.seen(logits.shape[-1])
+        loop = begin(cache, logits, seen, how, stop, key, size=prompt.size)
+    for until in range(every, max_new_tokens + every, every):
+        with use_mesh_of(prompt.state):
+            loop = decode(prompt.graphdef, prompt.state, loop, how, stop, key, jnp.int32(until))
+        yield Generation(np.asarray(loop.tokens)[:, :max_new_tokens], np.asarray(loop.lengths))
+        if np.all(loop.done):
+            return
+
+
+def make_prompt(model: Any, tokens: Array, attention_mask: Array | None, max_new_tokens: int,
+                room: Room) -> Prompt:
+    """Checks what a user gave (see `generate`), and chooses the buckets."""
     if model.head != "lm":
         raise UserError(f"generation needs a language-model head; this model's is {model.head!r}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    how = how or Sampling()
-    rows, mask = _right_aligned(*check_tokens(model.config, tokens, attention_mask))
+    tokens, mask = check_tokens(model.config, tokens, attention_mask)
+    longest = int(mask.sum(axis=1).max())
+    width, size = bucket(longest), bucket(max_new_tokens)
+    if room.length is not None:
+        if longest + max_new_tokens > room.length:
+            raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit "
+                            f"into a cache of length {room.length}")
+        width = min(width, room.length - max_new_tokens)
+    rows, mask = _right_aligned(tokens, mask, width)
     if model.config.streams == 2:
         check_start(model.config, rows, mask, max_new_tokens)
-    stop = Stop(jnp.asarray(list(stop_ids), jnp.int32), jnp.int32(pad_id),
-                jnp.int32(max_new_tokens))
-    size = bucket(max_new_tokens)
-    graphdef, state = nnx.split(model)
-    with use_mesh_of(state):
-        logits, cache = prefill(graphdef, state, rows, mask, slots=rows.shape[1] + size)
-        seen = None if how.repetition_penalty is None else _seen(rows, mask, logits.shape[-1])
-        new, lengths = decode(graphdef, state, cache, logits, seen, how, stop,
-                              jax.random.key(seed), size=size)
-        return Generation(np.asarray(new)[:, :max_new_tokens], np.asarray(lengths))
+    graphdef, state = nnx.split(apart(model))
+    return Prompt(graphdef, state, rows, mask, room.length or width + size, size,
+                  jnp.dtype(room.dtype or model.dtype))
 
 
 def check_tokens(config: Any, tokens: Array, attention_mask: Array | None
@@ -132,28 +206,22 @@ def check_start(config: Any, rows: np.ndarray, mask: np.ndarray, more: int) -> N
     as_batch(config, *(np.pad(x, ((0, 0), (0, more)), constant_values=1) for x in (rows, mask)))
 
 
-def _right_aligned(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every row's real tokens, in order, at the end of rows of a bucketed length."""
-    longest = int(mask.sum(axis=1).max())
-    order = np.argsort(mask, axis=1, kind="stable")[:, -longest:]
+def _right_aligned(tokens: np.ndarray, mask: np.ndarray, width: int
+                   ) -> tuple[np.ndarray, np.ndarray]:
+    """Every row's real tokens, in order, at the end of rows of `width`."""
+    order = np.argsort(mask, axis=1, kind="stable")[:, -width:]
     tokens, mask = (np.take_along_axis(a, order, axis=1) for a in (tokens, mask))
-    left = ((0, 0), (bucket(longest) - longest, 0))
+    left = ((0, 0), (width - tokens.shape[1], 0))
     return np.pad(tokens * mask, left), np.pad(mask, left)
 
 
-def _seen(tokens: np.ndarray, mask: np.ndarray, vocabulary: int) -> jax.Array:
-    seen = np.zeros((len(tokens), vocabulary), bool)
-    row, column = np.nonzero(mask)
-    seen[row, tokens[row, column]] = True
-    return jnp.asarray(seen)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots"))
-def prefill(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, *, slots: int
-            ) -> tuple[jax.Array, Cache]:
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "cache_dtype"))
+def prefill(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, *, slots: int,
+            cache_dtype: Any = None) -> tuple[jax.Array, Cache]:
     """Runs left-padded prompts: the last position's logits `[batch, vocabulary]`, and the cache."""
     model = nnx.merge(graphdef, state)
-    cache = empty_cache(model.config, tokens.shape[0], slots, model.dtype)
+    cache = empty_cache(model.config, tokens.shape[0], slots, cache_dtype or model.dtype,
+                        apart=isinstance(model.layers, nnx.List))
     hidden, cache = model(as_batch(model.config, tokens, mask), cache)
     return model.logits(hidden[:, -1]), cache
 
@@ -168,35 +236,39 @@ def step(model: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]
     return model.logits(hidden[:, -1]), cache
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "size"))
-def decode(graphdef: Any, state: Any, cache: Cache, logits: jax.Array, seen: jax.Array | None,
-           how: Sampling, stop: Stop, key: jax.Array, *, size: int) -> tuple[jax.Array, jax.Array]:
-    """Chooses tokens from `logits` on, until every row has ended or `stop.limit` is reached.
+def _take(loop: Loop, logits: jax.Array, how: Sampling, stop: Stop, key: jax.Array) -> Loop:
+    """The loop with one more token of each row, chosen from `logits [batch, vocabulary]`."""
+    token = choose(logits, how, loop.seen, jax.random.fold_in(key, loop.chosen))
+    token = jnp.where(loop.done, stop.pad, token)
+    seen = loop.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    ended = jnp.any(token[:, None] == stop.ids, axis=1)
+    return loop._replace(chosen=loop.chosen + 1, last=token,
+                         tokens=loop.tokens.at[:, loop.chosen].set(token),
+                         lengths=loop.lengths + ~loop.done, done=loop.done | ended, seen=seen)
 
-    Returns:
-      tokens `[batch, size]` and lengths `[batch]`, both int32.
-    """
-    model = nnx.merge(graphdef, state)
+
+@functools.partial(jax.jit, static_argnames="size", donate_argnames=("cache", "seen"))
+def begin(cache: Cache, logits: jax.Array, seen: jax.Array | None, how: Sampling, stop: Stop,
+          key: jax.Array, *, size: int) -> Loop:
+    """The loop with its first token, which prefill's logits give."""
     batch = logits.shape[0]
-
-    def take(loop: _Loop, logits: jax.Array) -> _Loop:
-        token = choose(logits, how, loop.seen, jax.random.fold_in(key, loop.chosen))
-        token = jnp.where(loop.done, stop.pad, token)
-        seen = loop.seen
-        if seen is not None:
-            seen = seen.at[jnp.arange(batch), token].set(True)
-        ended = jnp.any(token[:, None] == stop.ids, axis=1)
-        return loop._replace(chosen=loop.chosen + 1, last=token,
-                             tokens=loop.tokens.at[:, loop.chosen].set(token),
-                             lengths=loop.lengths + ~loop.done, done=loop.done | ended, seen=seen)
-
-    def body(loop: _Loop) -> _Loop:
-        logits, cache = step(model, loop.last, loop.cache)
-        return take(loop._replace(cache=cache), logits)
-
     nothing = jnp.zeros(batch, jnp.int32)
-    loop = _Loop(jnp.int32(0), nothing, jnp.full((batch, size), stop.pad), nothing,
-                 jnp.zeros(batch, bool), seen, cache)
-    loop = jax.lax.while_loop(lambda loop: (loop.chosen < stop.limit) & ~jnp.all(loop.done), body,
-                              take(loop, logits))
-    return loop.tokens, loop.lengths
+    loop = Loop(jnp.int32(0), nothing, jnp.full((batch, size), stop.pad), nothing,
+                jnp.zeros(batch, bool), seen, cache)
+    return _take(loop, logits, how, stop, key)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="loop")
+def decode(graphdef: Any, state: Any, loop: Loop, how: Sampling, stop: Stop, key: jax.Array,
+           until: jax.Array) -> Loop:
+    """Chooses tokens until there are `until`, or `stop.limit`, or every row has ended."""
+    model = nnx.merge(graphdef, state)
+
+    def body(loop: Loop) -> Loop:
+        logits, cache = step(model, loop.last, loop.cache)
+        return _take(loop._replace(cache=cache), logits, how, stop, key)
+
+    limit = jnp.minimum(until, stop.limit)
+    return jax.lax.while_loop(lambda loop: (loop.chosen < limit) & ~jnp.all(loop.done), body, loop)

@@ -6,7 +6,6 @@ family's config and released names are in a file of its own: glm, glm4, glm4_moe
 
 import dataclasses
 import functools
-import operator
 from typing import Any, ClassVar
 
 import jax
@@ -279,18 +278,19 @@ class Decoder(nnx.Module):
                                 batch.segments if loads else None)
             return x, (None if cache is None else kv, load)
 
-        kv = None if cache is None else (cache.keys, cache.values)
+        kv: Any = None if cache is None else (cache.keys, cache.values)
         filled, stacks = [], self._stacks()
         for name, _, part in stacks:
             own = (kv, keys)
             if len(stacks) > 1:  # else nothing is to be cut, and no cache copied
-                own = jax.tree.map(operator.itemgetter(part), own)
+                own = (kv and (kv[0][part], kv[1][part]), None if keys is None else keys[part])
             x, (kv_out, load) = scan(getattr(self, name), call, x, *own, unroll=cache is None)
             filled.append(kv_out)
         if isinstance(seen, Batch):
             return self.norm(x), None, load
-        kv = filled[0] if len(filled) == 1 else jax.tree.map(
-            lambda *parts: jnp.concatenate(parts), *filled)
+        kv = filled[0] if len(filled) == 1 else tuple(
+            sum(parts, ()) if isinstance(parts[0], tuple) else jnp.concatenate(parts)
+            for parts in zip(*filled, strict=True))
         seen = dataclasses.replace(seen, keys=kv[0], values=kv[1],
                                    length=seen.length + batch.tokens.shape[1])
         return self.norm(x), seen, load

@@ -1,6 +1,7 @@
 """Grouped-query attention and the key-value cache, as functions on arrays."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,15 @@ class Cache:
     """Keys and values of every layer, with the segment and order of each slot.
 
     Attributes:
-      keys, values: `[layers, batch, slots, kv_heads, head_dim]`, keys after the rotary.
+      keys, values: `[layers, batch, slots, kv_heads, head_dim]`, keys after the rotary; a tuple
+        with an array for each layer where the model's layers are `apart`.
       segments, order: `[batch, slots]` int32; segment 0 marks a slot that no query sees.
       positions: `[batch, streams]` int32, where the newest token stands.
       length: scalar int32, the slots in use; the next tokens are written from there.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
     segments: jax.Array
     order: jax.Array
     positions: jax.Array
@@ -37,6 +39,13 @@ class Cache:
         return dataclasses.replace(self, segments=put(self.segments, jnp.asarray(batch.segments)),
                                    order=put(self.order, jnp.asarray(batch.order)),
                                    positions=jnp.asarray(batch.positions)[:, :, -1])
+
+    def rows(self, index: jax.Array) -> "Cache":
+        """The cache of a batch made of the rows `index [new batch]` of this one."""
+        keys, values = jax.tree.map(lambda x: jnp.take(x, index, axis=x.ndim - 4),
+                                    (self.keys, self.values))
+        segments, order, positions = (x[index] for x in (self.segments, self.order, self.positions))
+        return Cache(keys, values, segments, order, positions, self.length)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array) -> jax.Array:

@@ -76,8 +76,9 @@ def run(layers: nnx.Module, x: jax.Array, batch: Batch, cache: Cache | None,
     seen = batch if cache is None else cache.extend(batch)
     start = 0 if cache is None else cache.length
     mask = visible(batch.segments, batch.order, seen.segments, seen.order)
-    count = len(jax.tree.leaves(nnx.state(layers))[0])
-    keys = None if key is None else jax.random.split(key, (count, 6))
+    keys = None
+    if key is not None:
+        keys = jax.random.split(key, (len(jax.tree.leaves(nnx.state(layers))[0]), 6))
 
     def call(layer: Any, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
         x = constrain(x, "batch", "length", None)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from glm_jax.nn.matmul import matmul
@@ -119,6 +120,27 @@ def stack(layer: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -
     return nnx.split_rngs(splits=count)(nnx.vmap(layer, in_axes=0, out_axes=0))(rngs)
 
 
+def apart(model: nnx.Module) -> nnx.Module:
+    """`model` with each stack as a list of layers, for decoding on a CPU; as it is elsewhere.
+
+    A CPU's matrix products can't read a slice of a stack in place: each token would copy all
+    weights. The layers' arrays are views of the stack's memory, no copies.
+    """
+    used = {device for p in jax.tree.leaves(nnx.state(model)) for device in p.devices()}
+    if len(used) > 1 or used.pop().platform != "cpu":
+        return model
+    model = nnx.merge(*nnx.split(model))
+    for name in ("dense_layers", "layers"):
+        if hasattr(model, name):
+            graphdef, state = nnx.split(getattr(model, name))
+            views = jax.tree.map(np.asarray, state)
+            count = len(jax.tree.leaves(views)[0])
+            setattr(model, name, nnx.List([nnx.merge(graphdef, jax.tree.map(
+                lambda view, i=i: jax.device_put(view[i], may_alias=True), views))
+                for i in range(count)]))
+    return model
+
+
 def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.Array,
          *per_layer: Any, unroll: bool = True) -> tuple[jax.Array, Any]:
     """Runs stacked layers one after another: `x, y = call(layer, x, *slices of per_layer)`.
@@ -126,8 +148,15 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     One compiled body serves all layers: compile time and the number of collectives don't grow
     with depth. A few layers on one device are unrolled: that saves the copies in and out of the
     stacks in training; in a decoding loop it costs more, and `unroll=False` leaves it. Returns the
-    last `x` and the stacked `y`.
+    last `x` and the stacked `y`; of layers that are `apart` tuples of each layer's `y`.
     """
+    if isinstance(layers, nnx.List):
+        ys = []
+        for i, layer in enumerate(layers):
+            x, y = call(layer, x, *(tuple(part[i] for part in one) if isinstance(one, tuple)
+                                    else None if one is None else one[i] for one in per_layer))
+            ys.append(y)
+        return x, jax.tree.map(lambda *parts: parts, *ys)
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -112,14 +113,14 @@ def load_trained(folder: str | Path, mesh: Mesh, step: int | None = None,
     if step is not None and not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: no run folder, so it has no step {step}")
     if (folder / "adapter_config.json").exists():
-        return _adapter(folder, mesh)
+        return _adapter(folder, mesh, dtype or "float32")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: neither a run folder nor an exported model or adapter: there "
                         "is no config.json and no adapter_config.json")
     raw = read_json(folder / "config.json")
     if "identity" in raw:
         return _run(folder, raw, mesh, step, dtype)
-    model = load_model(folder, mesh=mesh)
+    model = load_model(folder, dtype=jnp.dtype(dtype or "float32"), mesh=mesh)
     return Trained(model, load_tokenizer(folder), labels_of(model))
 
 
@@ -161,10 +162,10 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["bes
                    was["data sha256"])
 
 
-def _adapter(folder: Path, mesh: Mesh) -> Trained:
+def _adapter(folder: Path, mesh: Mesh, dtype: str) -> Trained:
     about, base = inspect_adapter(folder), find_base(folder)
     names: dict[str, Any] = {"id2label": about.id2label} if about.id2label else {}
-    model = load_model(base, head=about.head, mesh=mesh, **names)
+    model = load_model(base, head=about.head, dtype=jnp.dtype(dtype), mesh=mesh, **names)
     lora_config = load_adapter(model, folder)
     tokenizer = load_tokenizer(folder if vocabulary_file(folder) else base)
     return Trained(model, tokenizer, labels_of(model), None, lora_config, about.base)

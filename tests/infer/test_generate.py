@@ -8,9 +8,10 @@ from flax import nnx
 
 from glm_jax.errors import UserError
 from glm_jax.infer.cache import bucket
-from glm_jax.infer.generate import Stop, decode, generate, prefill, step
+from glm_jax.infer.generate import Room, Stop, begin, decode, generate, prefill, step, stream
 from glm_jax.infer.sampling import Sampling
 from glm_jax.nn.batch import causal_batch
+from glm_jax.nn.layers import apart
 from glm_jax.parallel.mesh import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(1, 67, (3, 6))
@@ -83,6 +84,8 @@ def test_the_loop_ends_when_all_rows_have(tiny):
     first = generate(model, TOKENS, max_new_tokens=1).tokens[:, 0]
     graphdef, state = nnx.split(model)
     logits, cache = prefill(graphdef, state, TOKENS, np.ones_like(TOKENS), slots=40)
+    stop, key = Stop(jnp.asarray(first), jnp.int32(0), jnp.int32(30)), jax.random.key(0)
+    loop = begin(cache, logits, None, Sampling(), stop, key, size=32)
     taken = []
 
     def count(*_):
@@ -92,9 +95,7 @@ def test_the_loop_ends_when_all_rows_have(tiny):
         type(model).logits = lambda self, hidden: (jax.debug.callback(count),
                                                    original(self, hidden))[1]
         decode.clear_cache()
-        stop = Stop(jnp.asarray(first), jnp.int32(0), jnp.int32(30))
-        _, lengths = decode(graphdef, state, cache, logits, None, Sampling(), stop,
-                            jax.random.key(0), size=32)
+        lengths = decode(graphdef, state, loop, Sampling(), stop, key, jnp.int32(30)).lengths
         jax.effects_barrier()
     finally:
         type(model).logits = original
@@ -137,6 +138,69 @@ def test_lengths_and_settings_share_a_program(tiny):
     assert (prefill._cache_size(), decode._cache_size()) == before
     run(17, 16, temperature=0.9, top_p=0.1)
     assert prefill._cache_size() == before[0] + 1
+
+
+def test_one_length_of_the_cache_compiles_decoding_once(tiny):
+    model = tiny(vocab_size=73)
+
+    def run(length, count=8):
+        prompt = np.ones((2, length), int)
+        return generate(model, prompt, max_new_tokens=count, room=Room(length=96)).tokens
+    run(3)
+    before = prefill._cache_size(), decode._cache_size()
+    for length in (5, 17, 24, 30, 40, 50, 70, 80):
+        run(length)
+    assert decode._cache_size() == before[1]
+    assert prefill._cache_size() == before[0] + 5  # 24, 32, 48, 64, and 88: all but the answer's
+    np.testing.assert_array_equal(run(40), generate(model, np.ones((2, 40), int),
+                                                    max_new_tokens=8).tokens)
+    with pytest.raises(UserError, match="89 tokens and 8 new ones don't fit into a cache of le"):
+        run(89)
+
+
+def test_the_cache_has_its_dtype_and_the_answer_of_a_rounded_one(tiny):
+    model = tiny()
+    graphdef, state = nnx.split(model)
+    ones = np.ones_like(TOKENS)
+    exact, cache = prefill(graphdef, state, TOKENS, ones, slots=12)
+    assert cache.keys.dtype == np.float32
+    rounded, half = prefill(graphdef, state, TOKENS, ones, slots=12, cache_dtype=jnp.bfloat16)
+    assert half.keys.dtype == half.values.dtype == jnp.bfloat16
+    assert 1e-5 < np.abs(exact - rounded).max() < 0.1 * np.abs(exact).max()
+    np.testing.assert_array_equal(
+        generate(model, TOKENS, max_new_tokens=3, room=Room("float32")).tokens,
+        generate(model, TOKENS, max_new_tokens=3).tokens)
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(1.5, repetition_penalty=1.3)])
+def test_a_stream_gives_what_generate_gives(tiny, how):
+    model = tiny()
+    whole = generate(model, TOKENS, max_new_tokens=7, how=how, stop_ids=[3], pad_id=2, seed=5)
+    *parts, last = stream(model, TOKENS, max_new_tokens=7, how=how, stop_ids=[3], pad_id=2, seed=5,
+                          every=2)
+    np.testing.assert_array_equal(last.tokens, whole.tokens)
+    np.testing.assert_array_equal(last.lengths, whole.lengths)
+    assert [int(part.lengths.max()) for part in parts] == [2, 4, 6]
+    for part in parts:
+        for row, length, end in zip(part.tokens, part.lengths, whole.tokens, strict=True):
+            np.testing.assert_array_equal(row[:length], end[:length])
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "first_k_dense_replace": 1, "num_hidden_layers": 3, "num_key_value_heads": 2,
+         "head_dim": 8, "moe_intermediate_size": 24}])
+def test_layers_apart_compute_the_same_in_the_same_memory(tiny, fields):
+    model = tiny(**fields)
+    parts = apart(model)
+    stacked, one = (m.layers.self_attn.q_proj.kernel if m is model else
+                    m.layers[1].self_attn.q_proj.kernel for m in (model, parts))
+    assert isinstance(parts.layers, nnx.List) and not isinstance(model.layers, nnx.List)
+    start = stacked[...].unsafe_buffer_pointer()
+    assert one[...].unsafe_buffer_pointer() == start + one[...].nbytes
+    first, second = (prefill(*nnx.split(m), TOKENS, np.ones_like(TOKENS), slots=12)[0]
+                     for m in (model, parts))
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
 def test_on_a_mesh(tiny):

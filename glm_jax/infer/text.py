@@ -1,0 +1,171 @@
+"""Texts and conversations in, text out: settings, stop tokens, and streams of whole characters."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.convert.released import read_json
+from glm_jax.data.chat import encode_chat
+from glm_jax.data.tokenizer import Tokenizer, check_belongs
+from glm_jax.errors import UserError
+from glm_jax.infer.beam import Beams, beam_search
+from glm_jax.infer.generate import ROOM, Room, generate, stream
+from glm_jax.infer.sampling import sampling
+
+_ENDS = ("<|user|>", "<|observation|>", "<|endofpiece|>")  # whoever speaks next ends an answer
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_BEAMS = ("num_beams", "length_penalty", "early_stopping")
+SETTINGS = (*_SAMPLING, *_BEAMS, "max_new_tokens")
+
+
+def settings(folder: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The SETTINGS of a folder's `generation_config.json`, under those `given` that are not None.
+
+    As in transformers its temperature counts only with `do_sample`; a given top_k, top_p or min_p
+    asks for sampling too. Transformers' own default of `top_k=50` is not taken over.
+    """
+    path = Path(folder) / "generation_config.json"
+    found = {name: value for name, value in (read_json(path) if path.is_file() else {}).items()
+             if value is not None}
+    if not found.get("do_sample"):
+        found = {name: value for name, value in found.items() if name not in _SAMPLING[:4]}
+    elif "temperature" not in found:
+        found["temperature"] = 1.0
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "temperature" not in found and any(chosen.get(name) for name in _SAMPLING[1:4]):
+        found["temperature"] = 1.0
+    known = {name: found[name] for name in (*SETTINGS, "eos_token_id") if name in found}
+    return known | chosen
+
+
+def ids_of(value: Any) -> list[int]:
+    """An `eos_token_id` as a list: it may be none, one, or several."""
+    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
+
+
+def completion(tokenizer: Tokenizer, config: Any, text: str) -> list[int]:
+    """The ids of a text to go on with, in the frame of its version.
+
+    GLM (2021) fills a blank instead: the mask token that the text has, or one put behind it.
+    """
+    if tokenizer.version != "glm2021":
+        return tokenizer.encode(text)
+    blanks = {config.mask_token_id, config.gmask_token_id, config.smask_token_id}
+    ids = tokenizer.encode(text, parse_special=True)
+    if not blanks.intersection(ids):
+        ids = tokenizer.encode(text + "[gMASK]", parse_special=True)
+    return [*ids, config.start_token_id]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A language model with its tokenizer, which answers.
+
+    Attributes:
+      how: what `settings` gives.
+      room: of the cache.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    how: Mapping[str, Any]
+    seed: int = 0
+    room: Room = ROOM
+
+    def __post_init__(self) -> None:
+        check_belongs(self.tokenizer, self.model.config.to_dict())
+
+    @property
+    def config_ends(self) -> list[int]:
+        """Where the model's files say that an answer ends."""
+        return ids_of(self.how.get("eos_token_id", self.model.config.extra.get(
+            "eos_token_id", getattr(self.model.config, "eos_token_id", None))))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Those, the tokenizer's end of text, and the tokens with which another one speaks."""
+        special = self.tokenizer.special
+        own = [special[name] for name in _ENDS if name in special]
+        end = self.tokenizer.named_id("eos_token")
+        return sorted({*self.config_ends, *own, *([] if end is None else [end])})
+
+    @property
+    def chats(self) -> bool:
+        """Whether it was trained to: ChatGLM, or a model whose files end a text at `<|user|>`."""
+        return (self.tokenizer.version in ("chatglm1", "chatglm2", "chatglm3")
+                or self.tokenizer.special.get("<|user|>") in self.config_ends)
+
+    def encode(self, prompt: str | Sequence[Mapping[str, Any]], chat: bool | None = None,
+               tools: Sequence[Any] | None = None) -> list[int]:
+        """The ids of a text or of a conversation that the model is to continue.
+
+        Args:
+          chat: whether a text is a user's question; what `chats` says by default.
+        """
+        if isinstance(prompt, str):
+            if not (self.chats if chat is None else chat):
+                return completion(self.tokenizer, self.model.config, prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        return encode_chat(self.tokenizer, prompt, tools, add_generation_prompt=True)[0]
+
+    def _arguments(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        longest = max(map(len, rows))
+        tokens = np.array([[0] * (longest - len(row)) + list(row) for row in rows], np.int32)
+        mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows], np.int32)
+        return {"tokens": tokens, "attention_mask": mask, "stop_ids": self.stop_ids,
+                "max_new_tokens": self.how.get("max_new_tokens", 128),
+                "pad_id": self.model.config.pad_token_id or 0, "room": self.room}
+
+    @property
+    def beams(self) -> Beams | None:
+        """How beams are searched; None without."""
+        how = self.how
+        if how.get("num_beams", 1) == 1:
+            return None
+        if how.get("temperature"):
+            raise UserError("num_beams and a temperature don't go together: give --temperature=0")
+        return Beams(how["num_beams"], how.get("length_penalty", 1.0),
+                     how.get("early_stopping", False), self._sampling().repetition_penalty)
+
+    def _sampling(self) -> Any:
+        return sampling(**{name: self.how[name] for name in _SAMPLING if name in self.how})
+
+    def answers(self, rows: Sequence[Sequence[int]]) -> list[tuple[list[int], float | None]]:
+        """The ids of the answers to rows of ids, and with beams their scores."""
+        if self.beams:
+            out, scores = beam_search(self.model, beams=self.beams, **self._arguments(rows))
+            found: Sequence[float | None] = scores.tolist()
+        else:
+            out = generate(self.model, how=self._sampling(), seed=self.seed,
+                           **self._arguments(rows))
+            found = [None] * len(rows)
+        return [(row[:length].tolist(), score)
+                for row, length, score in zip(out.tokens, out.lengths, found, strict=True)]
+
+    def stream(self, row: Sequence[int]) -> Iterator[str]:
+        """The answer to a row of ids, piece by piece as it comes; with beams as a whole."""
+        if self.beams:
+            yield self.tokenizer.decode(self.answers([row])[0][0])
+            return
+        yield from whole_characters(self.tokenizer, (
+            out.tokens[0, :out.lengths[0]].tolist() for out in stream(
+                self.model, how=self._sampling(), seed=self.seed, **self._arguments([row]))))
+
+
+def whole_characters(tokenizer: Tokenizer, growing: Iterator[Sequence[int]]) -> Iterator[str]:
+    """The text of ids that grow, in pieces: what may still change is held back.
+
+    A character of several tokens decodes to U+FFFD until it is whole.
+    """
+    said, text = "", ""
+    for ids in growing:
+        text = tokenizer.decode(ids)
+        ready = text.rstrip("\ufffd")
+        if len(ready) > len(said) and ready.startswith(said):
+            yield ready[len(said):]
+            said = ready
+    if text.startswith(said) and text != said:
+        yield text[len(said):]
