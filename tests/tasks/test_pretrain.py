@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from glm_jax.data.corpus import Document, TokenCorpus, write_tokens, write_vectors
+from glm_jax.data.corpus import (
+    Document,
+    TokenCorpus,
+    copy_vectors,
+    write_tokens,
+    write_vectors,
+)
 from glm_jax.data.packing import Batches, Shape
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
@@ -140,6 +146,25 @@ def test_vectors_lie_along_their_principal_axes_and_copies_share_them(taught):
     assert (np.diff(spread) < 0).all()
     np.testing.assert_allclose(np.corrcoef(vectors.T), np.eye(6), atol=2e-2)
     assert 2 < (spread[0] / spread[-1]) < 5  # the root of a ratio of about 10
+
+
+def test_vectors_are_taken_over_from_another_corpus(base, taught, tmp_path):
+    source, target = TokenCorpus(taught, "train"), tmp_path / "more"
+    tokenizer = load_tokenizer(base)
+    texts = ["房间" * 9, *(tokenizer.decode(source[i].tolist()) for i in (5, 0, 9))]
+    for split in ("train", "dev"):
+        documents = texts if split == "train" else [
+            tokenizer.decode(TokenCorpus(taught, "dev")[0].tolist())]
+        write_tokens(target, split, [Document(text, 0) for text in documents], tokenizer)
+    counts = copy_vectors(taught, target)
+    vectors, of = TokenCorpus(target, "train").vectors()
+    theirs, theirs_of = source.vectors()
+    wanted = [-1, *theirs_of[[5, 0, 9]]]
+    assert list(of) == wanted and counts == {"train": sum(n >= 0 for n in wanted), "dev": 1}
+    np.testing.assert_array_equal(vectors, theirs)
+    write_tokens(target, "train", [Document("房间" * 9, 0)], tokenizer)
+    with pytest.raises(UserError, match="none of its train documents has a vector in"):
+        copy_vectors(taught, target)
 
 
 def test_vectors_of_another_corpus_are_refused(base, taught):
