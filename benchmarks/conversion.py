@@ -77,8 +77,8 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 
     parameters = {path: Random(param.get_value().shape) for path, param in abstract.items()}
     tensors = planned(architecture.weights(config, "lm"), parameters, None, dtype, args.layers)
-    Conversion(config, "lm", dtype, tensors).write(args.scratch / "chatglm",
-                                                   size_in_bytes(args.max_shard_size))
+    Conversion(config, "lm", dtype, tensors, "chatglm").write(
+        args.scratch / "chatglm", size_in_bytes(args.max_shard_size))
     return {"GB": sum(tensor.bytes for tensor in tensors) / 1e9, "tensors": len(tensors)}
 
 

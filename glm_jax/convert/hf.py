@@ -382,7 +382,7 @@ def main_dtype(model: Any) -> np.dtype:
 
 def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """The released names and arrays of a model, one at a time, in the order of the table."""
-    return ((tensor.name, tensor.make()) for tensor in _model_tensors(model, dtype))
+    return ((tensor.name, tensor.make()) for tensor in model_conversion(model, dtype).tensors)
 
 
 def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
@@ -390,13 +390,6 @@ def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
     """The released names and arrays of these rows, one at a time."""
     held = {path: _Held(param) for path, param in parameters.items()}
     return ((tensor.name, tensor.make()) for tensor in planned(table, held, None))
-
-
-def _model_tensors(model: Any, dtype: Any) -> list[Tensor]:
-    table = architecture_of(model.config.to_dict()).weights(model.config, model.head)
-    held = {path: _Held(param) for path, param in flat(model).items()}
-    return planned(table, held, dtype, np.dtype(dtype or main_dtype(model)),
-                   model.config.num_hidden_layers)
 
 
 def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
@@ -441,9 +434,7 @@ def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
       files: further files by name (tokenizer, generation config, label names).
       wrote: called behind each tensor.
     """
-    main = np.dtype(dtype or main_dtype(model))
-    Conversion(model.config, model.head, main, _model_tensors(model, dtype)).write(
-        folder, max_shard_bytes, files, wrote)
+    model_conversion(model, dtype).write(folder, max_shard_bytes, files, wrote)
 
 
 class Conversion(NamedTuple):
@@ -451,6 +442,7 @@ class Conversion(NamedTuple):
 
     Attributes:
       dtype: what its config calls that of its weights.
+      source: the architecture of what it comes from.
       unused: the tensors of the folder that it comes from which no model reads.
     """
 
@@ -458,7 +450,12 @@ class Conversion(NamedTuple):
     head: str
     dtype: np.dtype
     tensors: list[Tensor]
+    source: str
     unused: tuple[str, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        return architecture_of(self.config.to_dict()).name
 
     def write(self, folder: str | Path, max_shard_bytes: int = SHARD_BYTES,
               files: Mapping[str, bytes] | None = None,
@@ -473,6 +470,16 @@ class Conversion(NamedTuple):
                 json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
             for name, content in (files or {}).items():
                 (partial / name).write_bytes(content)
+
+
+def model_conversion(model: Any, dtype: Any = None) -> Conversion:
+    """A model as a folder that is yet to be written; see `save_model`."""
+    architecture, main = (architecture_of(model.config.to_dict()),
+                          np.dtype(dtype or main_dtype(model)))
+    held = {path: _Held(param) for path, param in flat(model).items()}
+    made = planned(architecture.weights(model.config, model.head), held, dtype, main,
+                   model.config.num_hidden_layers)
+    return Conversion(model.config, model.head, main, made, architecture.name)
 
 
 def stored(found: Folder) -> dict[str, Stored]:
@@ -515,4 +522,5 @@ def conversion(folder: str | Path, architecture: str | None = None, dtype: Any =
     again = {tensor.name for tensor in made(plain_table(*found[:3]), found.config)}
     return Conversion(config, found.head, main,
                       made(architecture_of(config.to_dict()).weights(config, found.head), config),
+                      found.architecture.name,
                       tuple(sorted(found.source.shapes.keys() - read - again)))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glm_jax.convert.released import DTYPES, INDEX, SINGLE
+from glm_jax.convert.released import DTYPES, INDEX, SINGLE, inside
 from glm_jax.errors import UserError
 
 # The files of a checkpoint folder: weights, configs, tokenizer, model card.
@@ -50,6 +50,29 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
+def in_shards(tensors: Sequence[Tensor], limit: int) -> list[list[Tensor]]:
+    """The tensors of each file, in order; one that is larger than the limit has its own."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > limit:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def other_files(folder: Path, code: bool = True) -> dict[str, bytes]:
+    """A checkpoint folder's files besides config and weights: tokenizer, generation config, card.
+
+    Args:
+      code: the modules of a release that needs them in PyTorch, too.
+    """
+    names = (entry.name for entry in sorted(folder.iterdir())
+             if _CHECKPOINT.fullmatch(entry.name) and entry.name != "config.json"
+             and not entry.name.endswith((".safetensors", ".bin", ".index.json")))
+    return {name: inside(folder, name).read_bytes() for name in names
+            if code or not name.endswith(".py")}
+
+
 def write_safetensors(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: int,
                       wrote: Callable[[Tensor], None] = lambda tensor: None) -> None:
     """Makes and writes tensors one at a time, with the index when there are several shards.
@@ -65,11 +88,7 @@ def write_safetensors(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: 
     if total > free:
         raise UserError(f"{folder.parent}: the tensors are {total / 1e9:.2f} GB, but only "
                         f"{free / 1e9:.2f} GB are free there")
-    shards: list[list[Tensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
+    shards = in_shards(tensors, max_shard_bytes)
     names = ([SINGLE] if len(shards) == 1 else
              [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))])
     for name, shard in zip(names, shards, strict=True):
