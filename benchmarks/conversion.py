@@ -4,6 +4,7 @@
 
 Needs 38 GB of disk at full size; what it writes is removed at the end. Each step is a process of
 its own, whose peak memory (VmHWM) counts everything resident: the interpreter, JAX, mapped files.
+`cp` copies what is converted, once before and once after it; the disk is synced ahead of each.
 `import` loads the checkpoint over eight simulated devices, whose memory is the host's here.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STEPS = ("write", "cp", "glm", "back", "hash", "import")
+STEPS = ("write", "glm", "back", "hash", "import")
 DEVICES = 8
 
 
@@ -140,19 +141,25 @@ def peak() -> float:
 # --- and this starts them -----------------------------------------------------------------------
 
 def run(step: str, args: argparse.Namespace) -> dict[str, Any]:
+    source = {"glm": "chatglm", "back": "glm"}.get(step)
+    before = copy(args.scratch, source) if source else 0.0
+    seconds, done = timed([sys.executable, __file__, *sys.argv[1:], f"--child={step}"])
+    found = {"seconds": seconds, **json.loads(done.splitlines()[-1])}
+    return found | {"cp seconds": [before, copy(args.scratch, source)]} if source else found
+
+
+def copy(scratch: Path, source: str) -> float:
+    seconds, _ = timed(["cp", "-r", str(scratch / source), str(scratch / "copy")])
+    shutil.rmtree(scratch / "copy")
+    return seconds
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+    """The seconds that a command takes, and what it prints."""
+    os.sync()
     start = time.perf_counter()
-    if step == "cp":
-        subprocess.run(["cp", "-r", str(args.scratch / "chatglm"), str(args.scratch / "copy")],
-                       check=True)
-        found: dict[str, Any] = {}
-    else:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--child={step}"],
-                              check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-    found = {"seconds": time.perf_counter() - start, **found}
-    if step == "cp":
-        shutil.rmtree(args.scratch / "copy")
-    return found
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return time.perf_counter() - start, done.stdout
 
 
 def main() -> None:

@@ -169,8 +169,8 @@ def _safetensors(path: Path) -> tuple[Shapes, dict[str, np.dtype], Read]:
                 places[name] = place
                 place += math.prod(shapes[name]) * dtypes[name].itemsize
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or truncated safetensors file ({error}); "
-                        "copy it again") from None
+        raise UserError(f"{path}: damaged or truncated safetensors file "
+                        f"({ascii(str(error)[:200])[1:-1]}); copy it again") from None
 
     def read(name: str, index: Index) -> np.ndarray:
         shape, dtype, place = shapes[name], dtypes[name], places[name]

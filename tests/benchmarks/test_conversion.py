@@ -17,5 +17,6 @@ def test_there_and_back(tmp_path):
     assert list(found)[1:] == list(STEPS)
     assert found["hash"]["equal"] and found["hash"]["tensors"] == found["write"]["tensors"] == 18
     assert found["import"]["arrays GB"] > 0
-    assert all(0.01 < found[step]["peak GB"] < 2.5 for step in STEPS if step != "cp")
+    assert all(0.01 < found[step]["peak GB"] < 2.5 for step in STEPS)
+    assert all(min(found[step]["cp seconds"]) > 0 for step in ("glm", "back"))
     assert not (tmp_path / "scratch").exists()

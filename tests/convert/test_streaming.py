@@ -31,7 +31,7 @@ FAMILY = {
     "glm": {},
     "glm4_moe": {"model_type": "glm4_moe", "intermediate_size": 48, "num_hidden_layers": 3,
                  "num_key_value_heads": 2, "n_routed_experts": 4, "moe_intermediate_size": 8,
-                 "use_qk_norm": True, "first_k_dense_replace": 1},
+                 "num_experts_per_tok": 2, "use_qk_norm": True, "first_k_dense_replace": 1},
     "bert": {"model_type": "bert", "intermediate_size": 48, "num_hidden_layers": 2,
              "max_position_embeddings": 24},
     "chatglm6b": {"model_type": "chatglm", "position_encoding_2d": True, "num_layers": 2,
