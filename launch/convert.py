@@ -65,12 +65,15 @@ def main() -> None:
 def _from_folder(folder: Path, size: int) -> None:
     from glm_jax.convert.hf import conversion
     from glm_jax.convert.written import other_files
+    from glm_jax.data.tokenizer import load_tokenizer, vocabulary_file
     from glm_jax.errors import UserError
     from glm_jax.train.export import generation_config
     if TO.value not in (None, "hf"):
         raise UserError(f"{folder} has no adapter: --to={TO.value} is not for it; use --to=hf")
     found = conversion(folder, ARCHITECTURE.value, DTYPE.value)
     files = other_files(folder, code=found.architecture == found.source)
+    if found.architecture != found.source and vocabulary_file(folder):
+        files |= load_tokenizer(folder).fast_files()
     if found.head == "lm":
         files.setdefault("generation_config.json", generation_config(found.config))
     _refuse_itself(folder)
@@ -146,6 +149,7 @@ def _from_run(size: int) -> None:
             merge(model)
         if ARCHITECTURE.value:
             model = renamed(model, ARCHITECTURE.value)
+            files |= trained.tokenizer.fast_files()
         _write(model_conversion(model, DTYPE.value), size, files)
     if ours is not None:
         import numpy as np
@@ -177,6 +181,9 @@ def _write(found: "Conversion", size: int, files: dict[str, bytes]) -> None:
         found.write(str(OUT.value), size, files, wrote)
     console.print(f"wrote {OUT.value}: {found.architecture}, {found.dtype}"
                   + "".join(f", {name}" for name in sorted(files)))
+    if found.architecture == "glm" and "tokenizer.model" in files and "tokenizer.json" not in files:
+        console.print("its tokenizer.model has no equal as tokenizer.json: glm-jax reads it, "
+                      "transformers needs the released code")
 
 
 def _print_plan(found: "Conversion", size: int, files: dict[str, bytes]) -> None:
