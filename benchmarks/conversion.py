@@ -1,6 +1,6 @@
 """A random ChatGLM3-6B-shaped checkpoint to Hugging Face's `glm` and back, beside `cp`.
 
-    python benchmarks/conversion.py /scratch/folder --json=conversion.json
+    python benchmarks/conversion.py scratch --json=conversion.json
 
 Needs 38 GB of disk at full size; what it writes is removed at the end. Each step is a process of
 its own, whose peak memory (VmHWM) counts everything resident: the interpreter, JAX, mapped files.
@@ -52,7 +52,8 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from glm_jax.convert.hf import Conversion, flat, planned
+    from glm_jax.convert.hf import Conversion
+    from glm_jax.convert.parameters import flat, planned
     from glm_jax.convert.written import size_in_bytes
     from glm_jax.models import architecture_of
 
@@ -118,7 +119,8 @@ def sharded(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     import jax.numpy as jnp
 
-    from glm_jax.convert.hf import flat, load_model
+    from glm_jax.convert.hf import load_model
+    from glm_jax.convert.parameters import flat
     from glm_jax.parallel.mesh import make_mesh
     model = load_model(args.scratch / "chatglm", dtype=jnp.bfloat16,
                        mesh=make_mesh({"fsdp": 4, "tensor": 2}))

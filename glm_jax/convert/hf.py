@@ -6,13 +6,12 @@ And one folder from another, tensor by tensor, with no model between them.
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,15 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
+from glm_jax.convert.parameters import (
+    Held,
+    Source,
+    Stored,
+    flat,
+    planned,
+    readers,
+    tensor_shapes,
+)
 from glm_jax.convert.released import Dequantised, Index, Released, inside, read_json
 from glm_jax.convert.renamed import renamed_config
 from glm_jax.convert.written import Tensor, whole_folder, write_safetensors
@@ -31,28 +39,6 @@ from glm_jax.parallel.mesh import make_mesh, sharding
 
 SHARD_BYTES = 5 * 10**9  # of a file, as Hugging Face has it
 _AT_ONCE = 2**26  # bytes of a stack's layers that are read together
-
-
-class Source(Protocol):
-    """Tensors by name: `Released`, `Dequantised`, or one of them under other names."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def dtypes(self) -> Mapping[str, np.dtype]: ...
-    def read(self, name: str, index: Index = ()) -> np.ndarray: ...
-
-
-class Parameter(Protocol):
-    """One of our parameters, of a model or in a folder."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def dtype(self, place: tuple[int, ...]) -> np.dtype: ...
-    def at(self, place: tuple[int, ...]) -> np.ndarray:
-        """What lies at a place of the stack: a layer's, or a layer's expert's; else all."""
 
 
 class Folder(NamedTuple):
@@ -69,12 +55,6 @@ class Folder(NamedTuple):
     named: str
     source: Source
     bits: int
-
-
-def flat(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter of a model by its dotted path."""
-    state = nnx.state(model, nnx.Param)
-    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
 
 
 def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.float32,
@@ -242,87 +222,6 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     return random
 
 
-def tensor_shapes(row: Weight, parameters: Mapping[str, nnx.Param]
-                  ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The released names and the shape of a row's tensors."""
-    shapes = [parameters[path].get_value().shape for path in row.paths]
-    for _, name in row.names(shapes[0]):
-        yield name, row.tensor(shapes)
-
-
-def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]
-            ) -> dict[str, "Stored"]:
-    """Each of our parameters as it lies in the folder."""
-    sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
-    for row in filter(lambda row: row.read, table):
-        sizes = [row.released(abstract[path].get_value().shape)[0] for path in row.paths]
-        for which, path in enumerate(row.paths):
-            sources.setdefault(path, []).append((row, which, sizes))
-    return {path: Stored(released, sorted(rows, key=lambda r: r[0].part),
-                         abstract[path].get_value().shape) for path, rows in sources.items()}
-
-
-class Stored:
-    """One of our parameters in a folder: any slice is read from the tensors that make it up.
-
-    Attributes:
-      stacked: how many of its leading axes are layers and experts.
-    """
-
-    def __init__(self, released: Source, sources: list[tuple[Weight, int, list[int]]],
-                 shape: tuple[int, ...]):
-        self.shape, self.stacked = shape, sources[0][0].stacked
-        self._released, self._sources = released, sources
-        self._names = [dict(row.names(shape)) for row, _, _ in sources]
-
-    @property
-    def names(self) -> set[str]:
-        """The names of all tensors that make it up."""
-        return {name for names in self._names for name in names.values()}
-
-    @property
-    def dtypes(self) -> set[np.dtype]:
-        """What the file keeps them in."""
-        return {self._released.dtypes[name] for name in self.names}
-
-    def dtype(self, place: tuple[int, ...]) -> np.dtype:
-        """What the file keeps it in there; float32 where the tensors that make it up differ."""
-        return _common(self._released.dtypes[names[place]] for names in self._names)
-
-    def at(self, place: tuple[int, ...]) -> np.ndarray:
-        return self._one(place, tuple(map(slice, self.shape[self.stacked:])))
-
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of the whole parameter, stacked."""
-        bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)]
-        leading, inner = bounds[:self.stacked], tuple(bounds[self.stacked:])
-        places = itertools.product(*(range(s.start, s.stop) for s in leading))
-        if not self.stacked:
-            return self._one((), inner)
-        sizes = [s.stop - s.start for s in leading]
-        whole = np.stack([self._one(place, inner) for place in places])
-        return whole.reshape(*sizes, *whole.shape[1:])
-
-    def _one(self, place: tuple[int, ...], inner: tuple[slice, ...]) -> np.ndarray:
-        transpose = self._sources[0][0].transpose
-        outputs, *rest = inner[::-1] if transpose else inner
-        begin, end, _ = outputs.indices(sum(sizes[which] for _, which, sizes in self._sources))
-        parts, begins = [], 0
-        for (row, which, sizes), names in zip(self._sources, self._names, strict=True):
-            start, stop = (min(max(at - begins, 0), sizes[which]) for at in (begin, end))
-            begins += sizes[which]
-            if start < stop:
-                rows = row.rows(which, sizes, start, stop)
-                parts.append(self._released.read(names[place], (rows, *rest)))
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return joined.T if transpose else joined
-
-
-def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
-    found = set(dtypes)
-    return found.pop() if len(found) == 1 else np.dtype(np.float32)
-
-
 def _sharded(stored: Stored, where: jax.sharding.Sharding, dtype: Any) -> jax.Array:
     """A parameter on its devices, a few layers at a time: each process reads what its devices hold.
     """
@@ -361,20 +260,6 @@ def exact_paths(model: Any) -> set[str]:
     return {path for row in table if row.exact for path in row.paths}
 
 
-class _Held:
-    """One of a model's parameters."""
-
-    def __init__(self, param: nnx.Param):
-        self._array = param.get_value()
-        self.shape = self._array.shape
-
-    def dtype(self, place: tuple[int, ...]) -> np.dtype:
-        return self._array.dtype
-
-    def at(self, place: tuple[int, ...]) -> np.ndarray:
-        return np.asarray(self._array[place] if place else self._array)
-
-
 def main_dtype(model: Any) -> np.dtype:
     """What a model's parameters are kept in, but for the few that stay float32."""
     return min((p.get_value().dtype for p in flat(model).values()), key=lambda d: d.itemsize)
@@ -383,43 +268,6 @@ def main_dtype(model: Any) -> np.dtype:
 def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """The released names and arrays of a model, one at a time, in the order of the table."""
     return ((tensor.name, tensor.make()) for tensor in model_conversion(model, dtype).tensors)
-
-
-def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
-                  ) -> Iterator[tuple[str, np.ndarray]]:
-    """The released names and arrays of these rows, one at a time."""
-    held = {path: _Held(param) for path, param in parameters.items()}
-    return ((tensor.name, tensor.make()) for tensor in planned(table, held, None))
-
-
-def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
-            main: Any = None, layers: int = 0) -> list[Tensor]:
-    """The released tensors of these rows, yet to be made.
-
-    Args:
-      parameters: by path; rows of those that are not there are left out.
-      dtype: of all but those that stay float32; None: each parameter's own.
-      main: what constants are made for, one a layer.
-    """
-    out = []
-    for row in table:
-        if row.constant is not None:
-            array = row.constant(main) if callable(row.constant) else row.constant
-            out += [Tensor(name, array.shape, array.dtype, functools.partial(np.asarray, array))
-                    for _, name in row.names((layers,))]
-            continue
-        parts = [parameters[path] for path in row.paths if path in parameters]
-        for place, name in row.names(parts[0].shape if parts else (0,) * row.stacked):
-            kind = _common(part.dtype(place) for part in parts)
-            kind = np.dtype(np.float32 if row.exact else dtype or kind)
-            out.append(Tensor(name, row.tensor([part.shape for part in parts]), kind,
-                              functools.partial(_make, row, parts, place, kind)))
-    return out
-
-
-def _make(row: Weight, parts: Sequence[Parameter], place: tuple[int, ...], dtype: np.dtype
-          ) -> np.ndarray:
-    return row.join([part.at(place) for part in parts]).astype(dtype, copy=False)
 
 
 def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
@@ -476,7 +324,7 @@ def model_conversion(model: Any, dtype: Any = None) -> Conversion:
     """A model as a folder that is yet to be written; see `save_model`."""
     architecture, main = (architecture_of(model.config.to_dict()),
                           np.dtype(dtype or main_dtype(model)))
-    held = {path: _Held(param) for path, param in flat(model).items()}
+    held = {path: Held(param) for path, param in flat(model).items()}
     made = planned(architecture.weights(model.config, model.head), held, dtype, main,
                    model.config.num_hidden_layers)
     return Conversion(model.config, model.head, main, made, architecture.name)
