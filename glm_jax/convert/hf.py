@@ -1,17 +1,17 @@
-"""Hugging Face folders: a model from one, streamed into sharded arrays, and one from a model."""
+"""Hugging Face folders: a model from one, streamed into sharded arrays, and one from a model.
 
-import contextlib
+And one folder from another, tensor by tensor, with no model between them.
+"""
+
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
+import math
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +20,41 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from glm_jax.convert.released import Dequantised, Released, read_json, write_safetensors
+from glm_jax.convert.parameters import (
+    Held,
+    Source,
+    Stored,
+    flat,
+    planned,
+    readers,
+    tensor_shapes,
+)
+from glm_jax.convert.released import Dequantised, Index, Released, inside, read_json
+from glm_jax.convert.renamed import renamed_config
+from glm_jax.convert.written import Tensor, whole_folder, write_safetensors
 from glm_jax.errors import UserError
-from glm_jax.models import architecture_of, head_of
+from glm_jax.models import Architecture, architecture_of, head_of
 from glm_jax.models.weights import Weight
 from glm_jax.parallel.mesh import make_mesh, sharding
 
-# The files of a checkpoint folder: weights, configs, tokenizer, model card.
-_CHECKPOINT = re.compile(
-    r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
-    r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
+SHARD_BYTES = 5 * 10**9  # of a file, as Hugging Face has it
+_AT_ONCE = 2**26  # bytes of a stack's layers that are read together
 
 
-class Source(Protocol):
-    """Tensors by name: `Released`, `Dequantised`, or one of them under other names."""
+class Folder(NamedTuple):
+    """What a Hugging Face folder says of itself, and its tensors by their plain names.
 
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
+    Attributes:
+      head: the one wanted; `named`, the one that `config.json` names.
+      bits: of its quantised weights; 0 where they are not.
+    """
 
-
-def flat(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter of a model by its dotted path."""
-    state = nnx.state(model, nnx.Param)
-    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+    architecture: Architecture
+    config: Any
+    head: str
+    named: str
+    source: Source
+    bits: int
 
 
 def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.float32,
@@ -69,10 +78,21 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
       UserError: for a folder that is missing, damaged, or does not fit the config: missing,
         unexpected or mis-shaped tensors by name.
     """
+    found = open_folder(folder, head, **overrides)
+    return assemble(found.architecture, found.config, found.head, found.source, dtype=dtype,
+                    param_dtype=param_dtype or dtype, mesh=mesh or make_mesh({"data": 1}),
+                    seed=seed, named=found.named)
+
+
+def open_folder(folder: str | Path, head: str | None = None, **overrides: Any) -> Folder:
+    """Reads the config of a folder and the names, shapes and types of its tensors, not these.
+
+    Args and errors are those of `load_model`, but for what a tensor's shape should be.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a Hugging Face checkpoint folder is wanted")
-    raw = read_json(folder / "config.json")
+    raw = read_json(inside(folder, "config.json"))
     architecture = architecture_of(raw, str(folder / "config.json"))
     fields = [field.name for field in dataclasses.fields(architecture.config)]
     if unknown := [name for name in overrides if name not in fields]:
@@ -84,10 +104,9 @@ def load_model(folder: str | Path, *, head: str | None = None, dtype: Any = jnp.
     bits = raw.pop("quantization_bit", None) or 0
     config = architecture.config.from_dict({**raw, **overrides})
     named, released = head_of(raw, architecture), Released(folder)
-    return assemble(architecture, config, head or named,
-                    Dequantised(released, bits) if bits else released, dtype=dtype,
-                    param_dtype=param_dtype or dtype, mesh=mesh or make_mesh({"data": 1}),
-                    seed=seed, named=named)
+    return Folder(architecture, config, head or named, named,
+                  _Plain(Dequantised(released, bits) if bits else released, architecture.plain),
+                  bits)
 
 
 def init_model(architecture: Any, config: Any, head: str, *, dtype: Any = jnp.float32,
@@ -120,7 +139,6 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
     kept = {path: jnp.float32 if path in exact else param_dtype for path in abstract}
     random: set[str] = set(abstract)
     if released is not None:
-        released = _Plain(released, architecture.plain)
         random = check(released, architecture, config, head, named or head, abstract)
     shardings = {path: sharding(p.get_metadata("axes"), p.get_value().shape, mesh)
                  for path, p in abstract.items()}
@@ -132,9 +150,8 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
         initial = jax.jit(draw, out_shardings={path: shardings[path] for path in random})()
     read = readers(released, table, abstract) if released is not None else {}
     for path, param in abstract.items():
-        shape = param.get_value().shape
         param.set_value(initial[path] if path in random else
-                        _sharded(shape, shardings[path], read[path], kept[path]))
+                        _sharded(read[path], shardings[path], kept[path]))
     nnx.update(model, nnx.from_flat_state(
         [(tuple(path.split(".")), param) for path, param in abstract.items()]))
     return model
@@ -147,8 +164,9 @@ class _Plain:
         self.folder, self._released = released.folder, released
         self._names = {plain(name): name for name in released.shapes}
         self.shapes = {name: released.shapes[own] for name, own in self._names.items()}
+        self.dtypes = {name: released.dtypes[own] for name, own in self._names.items()}
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
         return self._released.read(self._names[name], index)
 
 
@@ -204,72 +222,36 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     return random
 
 
-def tensor_shapes(row: Weight, parameters: Mapping[str, nnx.Param]
-                  ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The released names and the shape of a row's tensors."""
-    shapes = [parameters[path].get_value().shape for path in row.paths]
-    parts = [row.released(shape) for shape in shapes]
-    for _, name in row.names(shapes[0]):
-        yield name, (sum(part[0] for part in parts), *parts[0][1:])
+def _sharded(stored: Stored, where: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+    """A parameter on its devices, a few layers at a time: each process reads what its devices hold.
+    """
+    shape = stored.shape
+    size = math.prod(where.shard_shape(shape)) * len(where.addressable_devices)
+    size *= jnp.dtype(dtype).itemsize
+    count = max(shape[0] * _AT_ONCE // max(size, 1), 1) if stored.stacked else shape[0]
 
+    def layers(first: int) -> jax.Array:
+        parts: dict[Any, np.ndarray] = {}  # the callback runs once a device: replicas share a part
 
-Reader = Callable[[tuple[slice, ...]], np.ndarray]
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            key = tuple(s.indices(n)[:2] for s, n in zip(index or (), some, strict=True))
+            if key not in parts:
+                (start, stop), *rest = key
+                own = ((first + start, first + stop), *rest)
+                parts[key] = stored(tuple(slice(*s) for s in own)).astype(dtype, copy=False)
+            return parts[key]
 
+        some = (min(count, shape[0] - first), *shape[1:])
+        return jax.make_array_from_callback(some, where, part)
 
-def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]
-            ) -> dict[str, Reader]:
-    """For each of our parameters, the function that reads any slice of it."""
-    sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
-    for row in filter(lambda row: row.read, table):
-        sizes = [row.released(abstract[path].get_value().shape)[0] for path in row.paths]
-        for which, path in enumerate(row.paths):
-            sources.setdefault(path, []).append((row, which, sizes))
-    return {path: functools.partial(_read, released, sorted(rows, key=lambda r: r[0].part),
-                                    abstract[path].get_value().shape)
-            for path, rows in sources.items()}
-
-
-def _read(released: Source, sources: list[tuple[Weight, int, list[int]]],
-          shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of one of our parameters, of this whole shape, from the tensors that make it up."""
-    stacked, transpose = sources[0][0].stacked, sources[0][0].transpose
-    bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
-    leading, inner = bounds[:stacked], bounds[stacked:]
-    outputs, *rest = inner[::-1] if transpose else inner
-    names = [dict(row.names(shape)) for row, _, _ in sources]
-
-    def one(place: tuple[int, ...]) -> np.ndarray:
-        parts, begins = [], 0
-        for (row, which, sizes), name in zip(sources, names, strict=True):
-            start, stop = (min(max(at - begins, 0), sizes[which])
-                           for at in (outputs.start, outputs.stop))
-            begins += sizes[which]
-            if start < stop:
-                rows, taken = row.rows(which, sizes, start, stop)
-                parts.append(released.read(name[place], (rows, *rest))[taken])
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return joined.T if transpose else joined
-
-    if not stacked:
-        return one(())
-    places = itertools.product(*(range(s.start, s.stop) for s in leading))
-    sizes = [s.stop - s.start for s in leading]
-    whole = np.stack([one(place) for place in places])
-    return whole.reshape(*sizes, *whole.shape[1:])
-
-
-def _sharded(shape: tuple[int, ...], where: jax.sharding.Sharding, read: Reader, dtype: Any
-             ) -> jax.Array:
-    parts: dict[Any, np.ndarray] = {}  # the callback runs once a device: replicas share a part
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or ()
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in parts:
-            parts[key] = read(index).astype(dtype)
-        return parts[key]
-
-    return jax.make_array_from_callback(shape, where, part)
+    if count >= shape[0]:
+        return layers(0)
+    whole = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=where)()
+    put = jax.jit(lambda whole, some, first: jax.lax.dynamic_update_slice_in_dim(
+        whole, some, first, 0), donate_argnums=0, out_shardings=where)
+    for first in range(0, shape[0], count):
+        whole = put(whole, layers(first), first)
+    return whole
 
 
 def exact_paths(model: Any) -> set[str]:
@@ -285,31 +267,12 @@ def main_dtype(model: Any) -> np.dtype:
 
 def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """The released names and arrays of a model, one at a time, in the order of the table."""
-    architecture = architecture_of(model.config.to_dict())
-    table = architecture.weights(model.config, model.head)
-    main, layers = np.dtype(dtype or main_dtype(model)), (model.config.num_hidden_layers,)
-    parameters = flat(model)
-    for row in table:
-        if row.constant is not None:
-            constant = row.constant(main) if callable(row.constant) else row.constant
-            yield from ((name, constant) for _, name in row.names(layers))
-            continue
-        for name, array in named_tensors([row], parameters):
-            yield name, array if row.exact or dtype is None else array.astype(dtype)
-
-
-def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
-                  ) -> Iterator[tuple[str, np.ndarray]]:
-    """The released names and arrays of these rows, one at a time."""
-    for row in table:
-        arrays = [parameters[path].get_value() for path in row.paths]
-        for place, name in row.names(arrays[0].shape):
-            yield name, row.join([np.asarray(array[place] if place else array)
-                                  for array in arrays])
+    return ((tensor.name, tensor.make()) for tensor in model_conversion(model, dtype).tensors)
 
 
 def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
-               max_shard_bytes: int = 5 * 10**9, files: dict[str, bytes] | None = None) -> None:
+               max_shard_bytes: int = SHARD_BYTES, files: Mapping[str, bytes] | None = None,
+               wrote: Callable[[Tensor], None] = lambda tensor: None) -> None:
     """Writes a Hugging Face folder: config, weights and `files`; whole or not at all.
 
     Args:
@@ -317,57 +280,95 @@ def save_model(model: Any, folder: str | Path, *, dtype: Any = None,
       folder: replaced when it is there.
       dtype: of the tensors; the model's own by default.
       files: further files by name (tokenizer, generation config, label names).
+      wrote: called behind each tensor.
     """
-    config = model.config.to_dict()
-    architecture = architecture_of(config)
-    config["architectures"] = [architecture.classes[model.head]]
-    with whole_folder(Path(folder)) as partial:
-        write_safetensors(partial, tensors(model, dtype), max_shard_bytes)
-        config["torch_dtype"] = np.dtype(dtype or main_dtype(model)).name
-        (partial / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        for name, content in (files or {}).items():
-            (partial / name).write_bytes(content)
+    model_conversion(model, dtype).write(folder, max_shard_bytes, files, wrote)
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well.
+class Conversion(NamedTuple):
+    """A folder that is yet to be written.
+
+    Attributes:
+      dtype: what its config calls that of its weights.
+      source: the architecture of what it comes from.
+      unused: the tensors of the folder that it comes from which no model reads.
+    """
+
+    config: Any
+    head: str
+    dtype: np.dtype
+    tensors: list[Tensor]
+    source: str
+    unused: tuple[str, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        return architecture_of(self.config.to_dict()).name
+
+    def write(self, folder: str | Path, max_shard_bytes: int = SHARD_BYTES,
+              files: Mapping[str, bytes] | None = None,
+              wrote: Callable[[Tensor], None] = lambda tensor: None) -> None:
+        """Makes and writes one tensor after the other; see `save_model`."""
+        config = self.config.to_dict()
+        config["architectures"] = [architecture_of(config).classes[self.head]]
+        config["torch_dtype"] = self.dtype.name
+        with whole_folder(Path(folder)) as partial:
+            write_safetensors(partial, self.tensors, max_shard_bytes, wrote)
+            (partial / "config.json").write_text(
+                json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            for name, content in (files or {}).items():
+                (partial / name).write_bytes(content)
+
+
+def model_conversion(model: Any, dtype: Any = None) -> Conversion:
+    """A model as a folder that is yet to be written; see `save_model`."""
+    architecture, main = (architecture_of(model.config.to_dict()),
+                          np.dtype(dtype or main_dtype(model)))
+    held = {path: Held(param) for path, param in flat(model).items()}
+    made = planned(architecture.weights(model.config, model.head), held, dtype, main,
+                   model.config.num_hidden_layers)
+    return Conversion(model.config, model.head, main, made, architecture.name)
+
+
+def stored(found: Folder) -> dict[str, Stored]:
+    """The parameters of a folder's model by path, without those that it leaves to be random.
 
     Raises:
-      UserError: when nothing can be written there, the disk is full for one; or when `folder`
-        holds anything else than files of a checkpoint, which would be lost.
+      UserError: listing what is missing, unexpected and mis-shaped.
     """
-    if foreign := _foreign(folder):
-        raise UserError(f"{folder}: is there already and is more than a checkpoint folder "
-                        f"({foreign}); name another, or remove it first")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        partial.chmod(0o755)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror}") from None
-    try:
-        yield partial
-        if folder.exists():  # moved aside first: one of the two is whole at every moment
-            old = partial.with_name(partial.name + "-old")
-            folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    architecture, config, head = found.architecture, found.config, found.head
+    abstract = flat(nnx.eval_shape(
+        lambda: architecture.model(config, head, jnp.float32, rngs=nnx.Rngs(0))))
+    random = check(found.source, architecture, config, head, found.named, abstract)
+    read = readers(found.source, plain_table(architecture, config, head), abstract)
+    return {path: one for path, one in read.items() if path not in random}
 
 
-def _foreign(folder: Path) -> str:
-    """What would be lost if a checkpoint took the folder's place; "" when nothing would."""
-    if not folder.is_dir():
-        return "a file" if folder.exists() else ""
-    names = {entry.name for entry in folder.iterdir()}
-    if names and not names & {"config.json", "adapter_config.json"}:
-        return "without a config"
-    return min((f"with {entry.name}" for entry in folder.iterdir()
-                if entry.is_dir() or not _CHECKPOINT.fullmatch(entry.name)), default="")
+def conversion(folder: str | Path, architecture: str | None = None, dtype: Any = None
+               ) -> Conversion:
+    """A folder's model in another form, to be written without ever being whole in memory.
+
+    Args:
+      architecture: as which it is written (see `renamed_config`); its own by default.
+      dtype: each tensor's own by default; float32 where the folder is quantised.
+
+    Raises:
+      UserError: as `load_model` does, and where the other architecture does not compute the same.
+    """
+    found = open_folder(folder)
+    config, parameters = found.config, stored(found)
+    if architecture is not None:
+        config = renamed_config(config, found.head, architecture)
+    dtypes = {kind for one in parameters.values() for kind in one.dtypes}
+    dtype = np.dtype(dtype or np.float32) if dtype or found.bits else None
+    main = dtype or min(dtypes, key=lambda kind: (kind.itemsize, kind.name))
+
+    def made(table: list[Weight], config: Any) -> list[Tensor]:
+        return planned(table, parameters, dtype, main, config.num_hidden_layers)
+
+    read = {name for one in parameters.values() for name in one.names}
+    again = {tensor.name for tensor in made(plain_table(*found[:3]), found.config)}
+    return Conversion(config, found.head, main,
+                      made(architecture_of(config.to_dict()).weights(config, found.head), config),
+                      found.architecture.name,
+                      tuple(sorted(found.source.shapes.keys() - read - again)))

@@ -1,20 +1,32 @@
 """The weight files of a released folder: every tensor's name and shape, read slice by slice."""
 
 import json
+import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from glm_jax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# What safetensors calls the types that we read and write.
+DTYPES = {name: np.dtype(kind) for name, kind in {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32,
+    "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}.items()}
+
+Shapes = dict[str, tuple[int, ...]]
+# One index for each of the first axes: a slice, or on the first the numbers of the rows.
+Index = tuple[slice | np.ndarray, ...]
+Read = Callable[[str, Index], np.ndarray]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,9 +40,37 @@ def read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: "
                         f"{error.msg}") from None
+    except (RecursionError, ValueError, OSError) as error:  # nested without end, endless numbers
+        raise UserError(f"{path}: can't be read as JSON ({type(error).__name__})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is wanted, not {type(value).__name__}")
     return value
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of a folder.
+
+    A link may lead elsewhere within the folder, and from a snapshot in the hub's cache to its
+    blobs.
+
+    Raises:
+      UserError: for a name or a link that leads outside, or no file.
+    """
+    path = folder / name
+    if Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise UserError(f"{folder}: {name[:80]!r} lies outside the folder")
+    try:
+        real, home = path.resolve(), folder.resolve()
+        snapshot = home.parent.name == "snapshots"
+        if not (real.is_relative_to(home)
+                or (snapshot and real.parent == home.parent.parent / "blobs")):
+            raise UserError(f"{path}: it is a link to {real}, which lies outside the folder; put "
+                            "the file itself there")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file")
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise UserError(f"{folder}: {name[:80]!r} is no file name ({error})") from None
+    return path
 
 
 class Released:
@@ -40,7 +80,7 @@ class Released:
     they hold nothing but tensors: loading never executes what a file says.
 
     Attributes:
-      shapes: name -> shape, of every tensor.
+      shapes: name -> shape, of every tensor; `dtypes` its numpy dtype.
 
     Raises:
       UserError: for no weights, a missing or damaged shard, an index that names a tensor which
@@ -49,8 +89,10 @@ class Released:
 
     def __init__(self, folder: Path, *singles: str):
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: Shapes = {}
+        self.dtypes: dict[str, np.dtype] = {}
         self._shards: dict[str, tuple[Path, Read]] = {}
+        self._warned: set[str] = set()
         singles = singles or (SINGLE, INDEX, PICKLED, PICKLED_INDEX)
         found = next((name for name in singles if (folder / name).exists()), None)
         if found is None:
@@ -58,7 +100,7 @@ class Released:
         if not found.endswith(".index.json"):
             self._open(found, None, found)
             return
-        index = read_json(folder / found).get("weight_map")
+        index = read_json(inside(folder, found)).get("weight_map")
         if (not isinstance(index, dict) or not index
                 or not all(isinstance(shard, str) for shard in index.values())):
             raise UserError(f"{folder / found}: weight_map is not a table of tensors and files")
@@ -66,66 +108,129 @@ class Released:
             self._open(shard, {name for name, s in index.items() if s == shard}, found)
 
     def _open(self, shard: str, expected: set[str] | None, index: str) -> None:
-        path = self.folder / shard
-        if Path(shard).name != shard or shard in ("", ".."):
-            raise UserError(f"{self.folder / index}: shard {shard!r} lies outside the folder")
+        path = inside(self.folder, shard)
         if not path.exists():
             raise UserError(f"{path}: shard is missing; {index} names it for {len(expected or ())} "
                             "tensors. Copy it again")
-        shapes, read = (_safetensors if shard.endswith(".safetensors") else _pickled)(path)
+        shapes, dtypes, read = (_safetensors if shard.endswith(".safetensors") else _pickled)(path)
         if expected is not None and (lacking := sorted(expected - shapes.keys())):
             raise UserError(f"{path}: tensor {lacking[0]!r} is not in this shard, "
                             f"but {index} says so")
         if twice := sorted(shapes.keys() & self.shapes.keys()):
             raise UserError(f"{path}: tensor {twice[0]!r} is also in another shard")
         self.shapes.update(shapes)
+        self.dtypes.update(dtypes)
         self._shards.update(dict.fromkeys(shapes, (path, read)))
 
     def files(self) -> list[Path]:
         """The weight files, sorted by name."""
         return sorted({path for path, _ in self._shards.values()})
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A slice of one tensor, in the file's dtype."""
-        return self._shards[name][1](name, index)
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """A slice of one tensor, in the file's dtype; warns once of values that are not finite.
+
+        Raises:
+          UserError: when the file has become shorter since it was opened.
+        """
+        path, read = self._shards[name]
+        array = read(name, index)
+        if name not in self._warned and not all_finite(array):
+            self._warned.add(name)
+            logging.warning("%s: %s holds NaN or infinite values", path, name)
+        return array
 
 
-Shapes = dict[str, tuple[int, ...]]
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; by the bits, without a copy as large as the array."""
+    if not array.size or array.dtype.kind not in "fV" or array.dtype.itemsize == 1:
+        return True
+    signed, unsigned = (np.dtype(f"{kind}{array.dtype.itemsize}") for kind in "iu")
+    infinity, negative = (np.array(sign * np.inf).astype(array.dtype) for sign in (1, -1))
+    return bool(array.view(signed).max() < infinity.view(signed)
+                and array.view(unsigned).max() < negative.view(unsigned))
 
 
-def _safetensors(path: Path) -> tuple[Shapes, Read]:
+def _safetensors(path: Path) -> tuple[Shapes, dict[str, np.dtype], Read]:
+    """The library checks the header; a tensor's bytes are then read from their place.
+
+    So nothing stays mapped into memory, where it would count as ours.
+    """
+    shapes, dtypes, places = {}, {}, {}
     try:
-        file = safe_open(path, framework="numpy")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with open(path, "rb") as raw:
+            place = 8 + int.from_bytes(raw.read(8), "little")
+        with safe_open(path, framework="numpy") as file:
+            for name in file.offset_keys():  # one behind the other, says the library
+                part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise UserError(f"{path}: tensor {name!r} is of type {part.get_dtype()}, which "
+                                    "is not supported")
+                shapes[name], dtypes[name] = tuple(part.get_shape()), DTYPES[part.get_dtype()]
+                places[name] = place
+                place += math.prod(shapes[name]) * dtypes[name].itemsize
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or truncated safetensors file ({error}); "
-                        "copy it again") from None
-    return shapes, lambda name, index: file.get_slice(name)[index if index else ...]
+        raise UserError(f"{path}: damaged or truncated safetensors file "
+                        f"({ascii(str(error)[:200])[1:-1]}); copy it again") from None
+
+    def read(name: str, index: Index) -> np.ndarray:
+        shape, dtype, place = shapes[name], dtypes[name], places[name]
+        rows = index[0] if index else slice(None)
+        whole = all(isinstance(s, slice) and s.indices(n) == (0, n, 1)
+                    for s, n in zip(index[1:], shape[1:], strict=False))
+        try:
+            if not math.prod(shape):
+                return np.zeros(shape, dtype)[index]
+            if isinstance(rows, slice) and whole:
+                start, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+                row = math.prod(shape[1:])
+                array = np.fromfile(path, dtype, (stop - start) * row,
+                                    offset=place + start * row * dtype.itemsize)
+                return array.reshape(stop - start, *shape[1:]) if shape else array.reshape(())
+            return np.array(np.memmap(path, dtype, "r", place, shape)[index])
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: {name} can't be read; the file has changed since it was "
+                            f"opened ({error})") from None
+    return shapes, dtypes, read
 
 
-def _pickled(path: Path) -> tuple[Shapes, Read]:
-    """PyTorch's file, mapped into memory: a slice is read when it is asked for."""
+def _pickled(path: Path) -> tuple[Shapes, dict[str, np.dtype], Read]:
+    """PyTorch's file, mapped into memory only while a tensor is read."""
     try:
         import torch
     except ImportError:
         raise UserError(f"{path}: reading a .bin file needs torch; install it, or save the weights "
                         "as safetensors") from None
-    try:
-        # Files of torch before 1.6 are no archives, and can't be mapped.
-        mapped = zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    except Exception as error:  # torch raises pickle's, zipfile's and its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged, or not only tensors ({reason})") from None
+    # Files of torch before 1.6 are no archives, and can't be mapped.
+    mapped = zipfile.is_zipfile(path)
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        part = tensors[name].detach()[index if index else ...]
+    def load() -> Any:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:  # torch raises pickle's, zipfile's and its own
+            raise damaged(error) from None
+
+    def damaged(error: Exception) -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"{path}: damaged, or not only tensors ({reason})")
+
+    def array(part: Any) -> np.ndarray:
         if part.dtype == torch.bfloat16:  # which numpy has from ml_dtypes only
             return part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return part.numpy()
-    return shapes, read
+
+    def read(name: str, index: Index) -> np.ndarray:
+        part = (load() if kept is None else kept)[name].detach()[index if index else ...]
+        return np.array(array(part))  # a copy: the file is let go
+
+    tensors = load()
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        dtypes = {name: array(tensor.detach()[:0] if tensor.ndim else tensor.detach()).dtype
+                  for name, tensor in tensors.items()}
+    except Exception as error:
+        raise damaged(error) from None
+    kept = None if mapped else tensors
+    return shapes, dtypes, read
 
 
 class Dequantised:
@@ -144,7 +249,8 @@ class Dequantised:
         if bits not in (4, 8):
             raise UserError(f"{released.folder / 'config.json'}: quantization_bit={bits!r} is not "
                             "supported; supported: 4, 8")
-        self._scaled = {name for name in shapes if f"{name}_scale" in shapes}
+        self._scaled = {name for name, shape in shapes.items()
+                        if len(shape) == 2 and shapes.get(f"{name}_scale") == shape[:1]}
         if not self._scaled:
             raise UserError(f"{released.folder}: quantization_bit={bits}, but no tensor has a "
                             "weight_scale: the weights are not quantised, or quantised otherwise")
@@ -152,12 +258,15 @@ class Dequantised:
         self.shapes = {name: shape for name, shape in shapes.items() if name not in scales}
         for name in self._scaled:
             self.shapes[name] = (*shapes[name][:-1], shapes[name][-1] * self._columns)
+        self.dtypes = {name: np.dtype(np.float32) if name in self._scaled else released.dtypes[name]
+                       for name in self.shapes}
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
         """As `Released.read`; float32 where the tensor is quantised."""
         if name not in self._scaled:
             return self._released.read(name, index)
         rows, columns = index or (slice(None), slice(None))
+        assert isinstance(columns, slice)
         start, stop, _ = columns.indices(self.shapes[name][1])
         n = self._columns
         packed = self._released.read(name, (rows, slice(start // n, -(-stop // n))))
@@ -168,43 +277,3 @@ class Dequantised:
         values = packed[:, start % n:start % n + stop - start]
         scale = self._released.read(f"{name}_scale", (rows,))
         return values.astype(np.float32) * scale.astype(np.float32)[:, None]
-
-
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]],
-                      max_shard_bytes: int) -> None:
-    """Writes tensors one shard at a time, with the index when there are several.
-
-    Names in `folder` are final only when everything is written.
-    """
-    sizes: list[dict[str, int]] = []
-    for number, shard in enumerate(_in_shards(tensors, max_shard_bytes)):
-        try:
-            save_file(dict(shard), folder / f"shard-{number}", metadata={"format": "pt"})
-            (folder / f"shard-{number}").chmod(0o644)  # safetensors writes for the owner only
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(str(error)) from error
-        sizes.append({name: array.nbytes for name, array in shard.items()})
-    if len(sizes) == 1:
-        (folder / "shard-0").rename(folder / SINGLE)
-        return
-    weight_map = {}
-    for number, tensor_sizes in enumerate(sizes):
-        name = f"model-{number + 1:05d}-of-{len(sizes):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / name)
-        weight_map.update(dict.fromkeys(tensor_sizes, name))
-    index = {"metadata": {"total_size": sum(sum(s.values()) for s in sizes)},
-             "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _in_shards(tensors: Iterable[tuple[str, np.ndarray]], limit: int
-               ) -> Iterator[Mapping[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, array in tensors:
-        if shard and size + array.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = np.ascontiguousarray(array)
-        size += array.nbytes
-    yield shard

@@ -46,6 +46,10 @@ class Bpe:
         found = self.inner.encode_batch(list(texts), add_special_tokens=framed)
         return [encoding.ids for encoding in found]
 
+    def fast(self) -> tokenizers.Tokenizer | None:
+        """What a tokenizer.json holds of it."""
+        return self.inner
+
     def encode_pair(self, text: str, pair: str) -> list[int]:
         return self.inner.encode(text, pair).ids
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import tokenizers
+
 from glm_jax.errors import UserError
 
 
@@ -83,6 +85,10 @@ class Pieces:
                             "Copy the file again from its source.") from None
         self._ids = {piece.piece: first + i for i, piece in enumerate(proto.pieces)}
         self._end = first + len(proto.pieces)
+        self._pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+        self._is_plain_bpe = (proto.trainer_spec.model_type == proto.trainer_spec.BPE
+                              and not proto.normalizer_spec.precompiled_charsmap
+                              and not proto.normalizer_spec.remove_extra_whitespaces)
         self.vocab_size = self._end + len(self.layout.appended)
         if missing := [p for p in self.layout.inside.values() if p not in self._ids]:
             raise UserError(f"{where}: it has no piece {missing[0]!r}, so it is not the file of "
@@ -125,6 +131,41 @@ class Pieces:
             return text
         text = re.sub(r"<\|blank_(\d+)\|>", lambda found: " " * int(found[1]), text)
         return text.replace("<n>", "\n").replace("<|tab|>", "\t")
+
+    def fast(self) -> tokenizers.Tokenizer | None:
+        """The same as `tokenizers` has it, for a tokenizer.json; None where the two would differ.
+
+        It can be had of ChatGLM2's and ChatGLM3's files: byte-pair encoding of the text as it is.
+        `tokenizers` finds special tokens in any text, so `sop` and `eop` become `<sop>` and
+        `<eop>`, as GLM-4 spells them: words have these letters.
+        """
+        if not self._is_plain_bpe or self.layout.after:
+            return None
+        scores = dict(self._pieces)
+        merges = []
+        for piece, score in self._pieces:
+            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            known = [pair for pair in halves if all(half in scores for half in pair)]
+            merges += [(-score, tuple(self._ids[half] for half in pair), pair) for pair in known]
+        out = tokenizers.Tokenizer(tokenizers.models.BPE(
+            {piece: i for i, (piece, _) in enumerate(self._pieces)},
+            [pair for *_, pair in sorted(merges)],
+            unk_token=self._pieces[0][0], fuse_unk=True, byte_fallback=True))
+        normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+        out.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                               normalizers.Replace(" ", "▁")])
+        out.decoder = decoders.Sequence([
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0)])
+        spelt = {"sop": "<sop>", "eop": "<eop>"}
+        names = [spelt.get(name, name) for name in self.layout.appended]
+        out.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
+                                for name in names])
+        before = [spelt.get(name, name) for name in self.layout.before]
+        out.post_processor = tokenizers.processors.TemplateProcessing(
+            single=" ".join([*before, "$A"]),
+            special_tokens=[(name, out.token_to_id(name)) for name in before])
+        return out
 
     def _decoded(self, ids: Sequence[int]) -> Iterator[str]:
         """Special tokens by their names, and between them runs of pieces, each a text."""

@@ -228,6 +228,26 @@ class Tokenizer:
         content = json.dumps(raw, ensure_ascii=False, indent=2).encode()
         return Tokenizer(self.files | {"tokenizer.json": content}, self.where)
 
+    def fast_files(self) -> dict[str, bytes]:
+        """A tokenizer.json and its config, which transformers reads with no remote code.
+
+        None of a version that `tokenizers` would encode otherwise, or that has it already. There
+        is no chat template among them: the released ones are code that cuts where no text can say.
+        """
+        fast = None if "tokenizer.json" in self.files else self._backend.fast()
+        if fast is None:
+            return {}
+        names = {field: fast.id_to_token(i) for field, i in (("eos_token", self.eos_id),
+                                                             ("pad_token", self.pad_id))}
+        config = {"name_or_path": self.version, **self.config, **names,
+                  "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
+                  "clean_up_tokenization_spaces": False,
+                  "model_input_names": ["input_ids", "attention_mask"]}
+        config.pop("auto_map", None)
+        return {"tokenizer.json": fast.to_str(pretty=True).encode(),
+                "tokenizer_config.json":
+                    (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()}
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
         return self._backend.decode(ids, skip_special_tokens)
@@ -256,6 +276,8 @@ def _read(files: Mapping[str, bytes], config: Mapping[str, Any], where: str
     if name is None:
         raise UserError(f"{where}: tokenizer.json is missing (or {', '.join(VOCABULARIES[1:])}); "
                         "copy it from the model's source")
+    if name == "tokenizer.json" and "tokenizer.model" in files and _marked(config):
+        name = "tokenizer.model"  # which the other is made of, as far as it can be
     content = files[name]
     if name == "tokenizer.json":
         if "tokenizer_config.json" not in files:
@@ -278,12 +300,17 @@ def _chatglm_version(config: Mapping[str, Any], where: str) -> str:
     """ChatGLM2 or ChatGLM3: their sentencepiece files are the same."""
     if "<|user|>" in json.dumps(config):
         return "chatglm3"
-    name = str(config.get("name_or_path", "")).lower()
-    for mark, version in (("glm3", "chatglm3"), ("glm2", "chatglm2"), ("codegeex2", "chatglm2")):
-        if mark in name:
-            return version
+    if version := _marked(config):
+        return version
     raise UserError(f"{where}: this tokenizer.model may be ChatGLM2's or ChatGLM3's: set "
                     "name_or_path in tokenizer_config.json to chatglm2-6b or chatglm3-6b")
+
+
+def _marked(config: Mapping[str, Any]) -> str:
+    """The version of ChatGLM that `name_or_path` tells; "" for another."""
+    name = str(config.get("name_or_path", "")).lower()
+    marks = (("glm3", "chatglm3"), ("glm2", "chatglm2"), ("codegeex2", "chatglm2"))
+    return next((version for mark, version in marks if mark in name), "")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

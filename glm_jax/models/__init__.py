@@ -25,6 +25,7 @@ class Architecture(NamedTuple):
       plain: a name without what checkpoints of one model differ in; they are read by these.
       batch: for a config, tokens and an attention mask `[batch, length]`, what the released
         tokenizer and model make of them.
+      bits: of the quantised weights that its folders may hold.
       pool: which token of an example stands for it, `last` or `first`.
     """
 
@@ -39,6 +40,7 @@ class Architecture(NamedTuple):
     batch: Callable[[Any, Array, Array | None], Batch] = (
         lambda config, tokens, mask: causal_batch(tokens, mask))
     pool: str = "last"
+    bits: tuple[int, ...] = ()
 
 
 REGISTRY = (
@@ -60,7 +62,7 @@ REGISTRY = (
         "chatglm", lambda c: c.get("model_type") == "chatglm" and "multi_query_group_num" in c,
         chatglm.ChatGLMConfig, Decoder, chatglm.weights,
         {"lm": "ChatGLMModel", "sequence": "ChatGLMForSequenceClassification",
-         "token": "ChatGLMForTokenClassification"}),
+         "token": "ChatGLMForTokenClassification"}, bits=(4, 8)),
     Architecture(
         "glm2021", lambda c: c.get("model_type") == "glm" and "num_layers" in c,
         glm2021.Glm2021Config, glm2021.Glm2021, glm2021.weights, {"lm": "GLMModel"},
@@ -69,7 +71,7 @@ REGISTRY = (
         "chatglm6b", lambda c: c.get("model_type") == "chatglm" and "position_encoding_2d" in c,
         chatglm6b.ChatGLM6BConfig, chatglm6b.ChatGLM6B, chatglm6b.weights,
         {"lm": "ChatGLMModel", "sequence": "ChatGLMForSequenceClassification",
-         "token": "ChatGLMForTokenClassification"}, batch=chatglm6b.as_batch),
+         "token": "ChatGLMForTokenClassification"}, batch=chatglm6b.as_batch, bits=(4, 8)),
     Architecture(
         "bert", lambda c: c.get("model_type") == "bert",
         bert.BertConfig, bert.Bert, bert.weights, bert.CLASSES, ignored=bert.ignored,

@@ -61,6 +61,11 @@ class Weight(NamedTuple):
             numbers = (place[0] + self.first, *place[1:]) if place else ()
             yield place, self.name.format(*numbers)
 
+    def tensor(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """The shape of one released tensor, when those of our paths are `shapes`."""
+        parts = [self.released(shape) for shape in shapes]
+        return (sum(part[0] for part in parts), *parts[0][1:])
+
     def released(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of one released tensor, were it made of this path alone (ours is `shape`)."""
         one = tuple(shape[self.stacked:])
@@ -73,28 +78,22 @@ class Weight(NamedTuple):
         number, of = self.part
         parts = [p[number * (len(p) // of):(number + 1) * (len(p) // of)] for p in parts]
         if not self.heads:
-            return np.concatenate(parts)
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
         by_head = [p.reshape(self.heads, -1, *p.shape[1:]) for p in parts]
         return np.concatenate(by_head, axis=1).reshape(-1, *parts[0].shape[1:])
 
-    def rows(self, which: int, sizes: Sequence[int], start: int, stop: int
-             ) -> tuple[slice, np.ndarray | slice]:
-        """Where the outputs `start` to `stop` of the path number `which` lie in the tensor.
+    def rows(self, which: int, sizes: Sequence[int], start: int, stop: int) -> slice | np.ndarray:
+        """Which rows of the tensor are the outputs `start` to `stop` of the path number `which`.
 
         Args:
           sizes: the output rows that each path has in the tensor.
-
-        Returns:
-          the released rows to read, and which of these to take.
         """
         before = sum(sizes[:which])
         if not self.heads:
-            return slice(before + start, before + stop), slice(None)
+            return slice(before + start, before + stop)
         own, all_rows = sizes[which] // self.heads, sum(sizes) // self.heads
         outputs = np.arange(start, stop)
-        at = outputs // own * all_rows + before // self.heads + outputs % own
-        low, high = int(at.min(initial=0)), int(at.max(initial=-1)) + 1
-        return slice(low, high), at - low
+        return outputs // own * all_rows + before // self.heads + outputs % own
 
 
 def linear(name: str, path: str, bias: bool = False) -> list[Weight]:

@@ -16,7 +16,7 @@ from glm_jax.data.packing import left_padded
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
 from glm_jax.nn.batch import visible
-from tests.data.versions import VERSIONS, files, ranks_file, sentencepiece_file, tokenizer
+from tests.data.versions import TEXTS, VERSIONS, files, ranks_file, sentencepiece_file, tokenizer
 
 SPECIAL = sorted({name for version in VERSIONS for name in tokenizer(version).special})
 PIECES = st.sampled_from([*SPECIAL, "<", "|", "user", "[g", "MASK]", "sop", "你好", " ", "a", "\n"])
@@ -315,3 +315,30 @@ def test_a_bad_vocab_txt(tmp_path, content, message):
     (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["chatglm2", "chatglm3", "glm4"])
+def test_tokenizer_json_made_of_a_released_file_encodes_the_same(version, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = tokenizer(version)
+    made = ours.files | ours.fast_files()
+    for name, content in made.items():
+        if name != "tokenizer.model":
+            (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    alone = load_tokenizer(tmp_path)
+    assert alone.version == "json"
+    # Where ChatGLM's released file lies beside it, that one is gone by.
+    assert Tokenizer(made).version == ("json" if version == "glm4" else version)
+    for text in [*TEXTS, "", " ", "  a  b", "🙂\n\ttab", "▁x ▁", "sop and eop", "<0x41>"]:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == alone.encode(text) == ids, text
+        assert alone.decode(ids) == ours.decode(ids), text
+    assert alone.encode("[gMASK] <|user|>") == tokenizer(version).encode("[gMASK] <|user|>")
+    assert (alone.eos_id, alone.pad_id) == (ours.eos_id, ours.pad_id)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
+    assert alone.vocab_size == ours.vocab_size
+
+
+def test_versions_that_tokenizers_would_encode_otherwise_have_none():
+    assert tokenizer("chatglm1").fast_files() == tokenizer("glm2021").fast_files() == {}

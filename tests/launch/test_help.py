@@ -12,7 +12,7 @@ import pytest
 from tests.launch.conftest import ROOT
 
 DOORS = {"train": "--config:", "evaluate": "--model:", "predict": "--model:", "convert": "--model:",
-         "corpus": "--out:", "generate": "--model:"}
+         "corpus": "--out:", "generate": "--model:", "models": "--[no]json:"}
 
 
 @pytest.mark.parametrize("name", DOORS)

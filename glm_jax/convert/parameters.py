@@ -1,0 +1,177 @@
+"""A parameter of ours in a folder or a model, and the released tensors that are made of them.
+
+What joins and parts them is the weight table's (`models.weights`); here is what reads and plans.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flax import nnx
+
+from glm_jax.convert.released import Index
+from glm_jax.convert.written import Tensor
+from glm_jax.models.weights import Weight
+
+
+class Source(Protocol):
+    """Tensors by name: `Released`, `Dequantised`, or one of them under other names."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]: ...
+    def read(self, name: str, index: Index = ()) -> np.ndarray: ...
+
+
+class Parameter(Protocol):
+    """One of our parameters, of a model or in a folder."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def dtype(self, place: tuple[int, ...]) -> np.dtype: ...
+    def at(self, place: tuple[int, ...]) -> np.ndarray:
+        """What lies at a place of the stack: a layer's, or a layer's expert's; else all."""
+
+
+def flat(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter of a model by its dotted path."""
+    state = nnx.state(model, nnx.Param)
+    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+
+
+def tensor_shapes(row: Weight, parameters: Mapping[str, nnx.Param]
+                  ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The released names and the shape of a row's tensors."""
+    shapes = [parameters[path].get_value().shape for path in row.paths]
+    for _, name in row.names(shapes[0]):
+        yield name, row.tensor(shapes)
+
+
+def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]
+            ) -> dict[str, "Stored"]:
+    """Each of our parameters as it lies in the folder."""
+    sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
+    for row in filter(lambda row: row.read, table):
+        sizes = [row.released(abstract[path].get_value().shape)[0] for path in row.paths]
+        for which, path in enumerate(row.paths):
+            sources.setdefault(path, []).append((row, which, sizes))
+    return {path: Stored(released, sorted(rows, key=lambda r: r[0].part),
+                         abstract[path].get_value().shape) for path, rows in sources.items()}
+
+
+class Stored:
+    """One of our parameters in a folder: any slice is read from the tensors that make it up.
+
+    Attributes:
+      stacked: how many of its leading axes are layers and experts.
+    """
+
+    def __init__(self, released: Source, sources: list[tuple[Weight, int, list[int]]],
+                 shape: tuple[int, ...]):
+        self.shape, self.stacked = shape, sources[0][0].stacked
+        self._released, self._sources = released, sources
+        self._names = [dict(row.names(shape)) for row, _, _ in sources]
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors that make it up."""
+        return {name for names in self._names for name in names.values()}
+
+    @property
+    def dtypes(self) -> set[np.dtype]:
+        """What the file keeps them in."""
+        return {self._released.dtypes[name] for name in self.names}
+
+    def dtype(self, place: tuple[int, ...]) -> np.dtype:
+        """What the file keeps it in there; float32 where the tensors that make it up differ."""
+        return _common(self._released.dtypes[names[place]] for names in self._names)
+
+    def at(self, place: tuple[int, ...]) -> np.ndarray:
+        return self._one(place, tuple(map(slice, self.shape[self.stacked:])))
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of the whole parameter, stacked."""
+        bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)]
+        leading, inner = bounds[:self.stacked], tuple(bounds[self.stacked:])
+        places = itertools.product(*(range(s.start, s.stop) for s in leading))
+        if not self.stacked:
+            return self._one((), inner)
+        sizes = [s.stop - s.start for s in leading]
+        whole = np.stack([self._one(place, inner) for place in places])
+        return whole.reshape(*sizes, *whole.shape[1:])
+
+    def _one(self, place: tuple[int, ...], inner: tuple[slice, ...]) -> np.ndarray:
+        transpose = self._sources[0][0].transpose
+        outputs, *rest = inner[::-1] if transpose else inner
+        begin, end, _ = outputs.indices(sum(sizes[which] for _, which, sizes in self._sources))
+        parts, begins = [], 0
+        for (row, which, sizes), names in zip(self._sources, self._names, strict=True):
+            start, stop = (min(max(at - begins, 0), sizes[which]) for at in (begin, end))
+            begins += sizes[which]
+            if start < stop:
+                rows = row.rows(which, sizes, start, stop)
+                parts.append(self._released.read(names[place], (rows, *rest)))
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.T if transpose else joined
+
+
+def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+
+class Held:
+    """One of a model's parameters."""
+
+    def __init__(self, param: nnx.Param):
+        self._array = param.get_value()
+        self.shape = self._array.shape
+
+    def dtype(self, place: tuple[int, ...]) -> np.dtype:
+        return self._array.dtype
+
+    def at(self, place: tuple[int, ...]) -> np.ndarray:
+        return np.asarray(self._array[place] if place else self._array)
+
+
+def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
+            main: Any = None, layers: int = 0) -> list[Tensor]:
+    """The released tensors of these rows, yet to be made.
+
+    Args:
+      parameters: by path; rows of those that are not there are left out.
+      dtype: of all but those that stay float32; None: each parameter's own.
+      main: what constants are made for, one a layer.
+    """
+    out = []
+    for row in table:
+        if row.constant is not None:
+            array = row.constant(main) if callable(row.constant) else row.constant
+            out += [Tensor(name, array.shape, array.dtype, functools.partial(np.asarray, array))
+                    for _, name in row.names((layers,))]
+            continue
+        parts = [parameters[path] for path in row.paths if path in parameters]
+        for place, name in row.names(parts[0].shape if parts else (0,) * row.stacked):
+            kind = _common(part.dtype(place) for part in parts)
+            kind = np.dtype(np.float32 if row.exact else dtype or kind)
+            out.append(Tensor(name, row.tensor([part.shape for part in parts]), kind,
+                              functools.partial(_make, row, parts, place, kind)))
+    return out
+
+
+def _make(row: Weight, parts: Sequence[Parameter], place: tuple[int, ...], dtype: np.dtype
+          ) -> np.ndarray:
+    return row.join([part.at(place) for part in parts]).astype(dtype, copy=False)
+
+
+def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
+                  ) -> Iterator[tuple[str, np.ndarray]]:
+    """The released names and arrays of these rows, one at a time."""
+    held = {path: Held(param) for path, param in parameters.items()}
+    return ((tensor.name, tensor.make()) for tensor in planned(table, held, None))
