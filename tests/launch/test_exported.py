@@ -103,6 +103,9 @@ def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, re
     label = wanted[0]["label"]
     assert plain.startswith(f"{label}\t好 ") and plain.endswith(f"\t{texts[0]}\n")
 
+    lines = door("predict", f"--model={folder}", "好\n坏\r", "差").out.splitlines()
+    assert [line.split("\t")[2] for line in lines] == [r"好\n坏\r", "差"]
+
     assert "no text" in refused("predict", f"--model={folder}")
     assert "not UTF-8 at byte 3" in refused("predict", f"--model={folder}", stdin=b"abc\xff")
     assert "absent.txt: no such file" in refused("predict", f"--model={folder}",
