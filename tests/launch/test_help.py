@@ -55,6 +55,16 @@ def test_a_signal_is_one_line_wherever_it_comes(tmp_path, name, said, where):
     assert done.stderr.strip() == said
 
 
+@pytest.mark.parametrize("flags", [[], ["--verbose"]])
+def test_the_hubs_client_tells_of_its_tries_only_when_asked(flags):
+    code = ("import sys; from launch import door\n"
+            "def main():\n    from huggingface_hub.utils import logging\n"
+            "    print(logging.get_logger('huggingface_hub.x').isEnabledFor(logging.WARNING))\n"
+            f"sys.argv = ['x', *{flags}]; door.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == str(bool(flags)), done.stderr
+
+
 def test_what_is_refused_before_anything_is_loaded(refused, tmp_path):
     none, absent = f"--model={tmp_path / 'none'}", tmp_path / "absent"
     inside = f"--json={absent / 'x.json'}"
