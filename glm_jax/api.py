@@ -37,6 +37,13 @@ def _want(name: str, value: Any, kinds: Any, wanted: str) -> None:
         raise UserError(f"{name} must be {wanted}, not {repr(value)[:60]}")
 
 
+def _want_seed(seed: Any) -> None:
+    wanted = f"a whole number from 0 to {2**32 - 1}"
+    _want("seed", seed, int | np.integer, wanted)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be {wanted}, not {seed}")
+
+
 def _want_model(model: Any) -> None:
     _want("model", model, nnx.Module, "what from_pretrained gives")
 
@@ -59,7 +66,7 @@ def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
     _want("folder", folder, str | Path, "a path")
     _want("mesh", mesh, Mesh | Mapping | None, "a mesh or its sizes by axis")
     where = mesh if isinstance(mesh, Mesh | None) else make_mesh(mesh)
-    _want("seed", overrides.get("seed", 0), int, "a whole number")
+    _want_seed(overrides.get("seed", 0))
     if adapter is not None:
         _want("adapter", adapter, str | Path, "a path")
         about = inspect_adapter(adapter)
@@ -152,7 +159,7 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
     _want_model(model)
     _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
     _want("max_new_tokens", max_new_tokens, int, "a whole number")
-    _want("seed", seed, int, "a whole number")
+    _want_seed(seed)
     num_beams, length_penalty = how.pop("num_beams", 1), how.pop("length_penalty", 1.0)
     early, cache_dtype = how.pop("early_stopping", False), how.pop("cache_dtype", None)
     room = Room(None if cache_dtype is None else _dtype(cache_dtype), how.pop("cache_length", None))

@@ -5,10 +5,12 @@ import errno
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from absl import app, flags, logging
@@ -23,6 +25,10 @@ _ARGUMENTS: list[str] = []
 THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
           errno.EISDIR, errno.ENOENT, errno.EFBIG}
 flags.DEFINE_bool("verbose", False, "print the traceback of an error, and what libraries log")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: cleans up and ends as Ctrl-C does."""
 
 
 class _Words(tuple_parser.TupleParser):
@@ -106,18 +112,29 @@ def run(main: Callable[[], None], arguments: bool = False) -> None:
       arguments: whether the door takes any besides flags (see the function of that name).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    app.run(lambda _: _guarded(main), flags_parser=lambda argv: _parse(argv, arguments))
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app.run(lambda _: _guarded(main), flags_parser=lambda argv: _parse(argv, arguments))
+    except _Terminated:
+        _leave("stopped by SIGTERM", 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        _leave("stopped", 130)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+    raise _Terminated
 
 
 def _guarded(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.INFO if FLAGS.verbose else logging.WARNING)
+    if not FLAGS.verbose:  # the hub's client tells of each of its many tries, then fails
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         _leave(str(error), 2)
-    except KeyboardInterrupt:
-        _leave("stopped", 130)
     except BrokenPipeError:  # `predict.py … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -6,6 +6,7 @@
 --model is a run folder (its best checkpoint), an exported adapter, or a Hugging Face folder.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from launch import door
 
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
-SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of the run's data")
+SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of data that has any")
 STEP = flags.DEFINE_integer("step", None, "a checkpoint of the run; the best one by default")
 TEXT = flags.DEFINE_string("text", None, "column of the texts in --data; the run's own by default")
 LABEL = flags.DEFINE_string("label", None, "column of the labels in --data; by default the run's")
@@ -26,10 +27,11 @@ JSON = flags.DEFINE_string("json", "", "also write the figures to this file")
 
 def main() -> None:
     from glm_jax.data.records import load_records
+    from glm_jax.data.split import pick
     from glm_jax.errors import UserError
     from glm_jax.files import write_json_atomic
     from glm_jax.parallel.mesh import make_mesh
-    from glm_jax.tasks.classification import check_labels
+    from glm_jax.tasks.classification import NOT_FINITE, check_labels
     from glm_jax.train.load import classifier, load_trained
     from glm_jax.train.report import result_table
 
@@ -42,8 +44,7 @@ def main() -> None:
     if DATA.value:
         columns = (door.column(TEXT.value, trained, "text"),
                    door.column(LABEL.value, trained, "label"))
-        records = load_records(DATA.value, *columns)
-        examples = [example for rows in records.values() for example in rows]
+        examples = pick(load_records(DATA.value, *columns), SPLIT.value, DATA.value)
         check_labels(examples, trained.labels, DATA.value)
     elif trained.config is not None:
         examples = trained.splits()[SPLIT.value]
@@ -51,6 +52,8 @@ def main() -> None:
         raise UserError(f"{MODEL.value} does not say what data it was trained on: give --data")
     task, run = classifier(trained, mesh)
     result = task.score(run, examples)
+    if not math.isfinite(result.metrics["loss"]):
+        raise UserError(f"{MODEL.value}: {NOT_FINITE}")
     name = DATA.value or SPLIT.value
     door.console().print(result_table({name: result.metrics}, result.report, name))
     if JSON.value:

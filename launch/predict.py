@@ -46,7 +46,8 @@ def main() -> None:
                              ensure_ascii=False))
         else:
             shares = "  ".join(f"{name} {x:.3f}" for name, x in zip(trained.labels, p, strict=True))
-            print(f"{label}\t{shares}\t{text}")
+            line = text.replace("\r", r"\r").replace("\n", r"\n")  # a text may hold several
+            print(f"{label}\t{shares}\t{line}")
 
 
 if __name__ == "__main__":

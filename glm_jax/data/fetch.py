@@ -96,10 +96,11 @@ def _download(archive: Archive, folder: Path, path: Path) -> None:
     files = [f for f in folder.iterdir() if f.suffix in (".whl", ".gz", ".tgz", ".deb", ".zip")]
     if code != 0 or len(files) != 1:
         errors = [line for line in said.splitlines() if line.strip()]
-        shown = next((e for e in reversed(errors) if "rror" in e or "E:" in e), "")
+        errors = ([e for e in errors if e.startswith(("ERROR", "E:"))]  # pip's, apt's
+                  or [e for e in errors if "error" in e.lower()] or errors or ["it left no file"])
         raise UserError(
             f"can't fetch {archive.name} {archive.version} ({archive.registry}): "
-            f"`{' '.join(command)}` failed: {shown or (errors or ['it left no file'])[-1]}. "
+            f"`{' '.join(command)}` failed: {errors[-1]}. "
             f"Connect to the network{' (apt-get update)' if archive.registry == 'debian' else ''} "
             f"and run again, or put {archive.filename} "
             f"(SHA-256 {archive.sha256}) at {path}."

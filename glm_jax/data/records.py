@@ -214,6 +214,9 @@ def _parquet(path: Path, fields: Fields) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
+        names = pyarrow.parquet.read_schema(path).names
+        if len(set(names)) != len(names):
+            raise UserError(f"{path}: it names a column twice: {names}")
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None

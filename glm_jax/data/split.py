@@ -157,10 +157,10 @@ def load_splits(
         raise UserError("task.train is empty: name a file or a data set, such as "
                         f"--config.task.train=reviews.csv or {BUILT_IN}")
     found = load_records(train, text_field, label_field)
-    splits = {"train": _pick(found, "train", train)}
+    splits = {"train": pick(found, "train", train)}
     for name, source in (("dev", dev), ("test", test)):
         if source:
-            splits[name] = _pick(load_records(source, text_field, label_field), name, source)
+            splits[name] = pick(load_records(source, text_field, label_field), name, source)
         else:
             own = next((found[n] for n in _NAMES[name] if n in found and n != "all"), None)
             splits |= {} if own is None else {name: own}
@@ -181,7 +181,7 @@ def load_splits(
     return {name: splits[name] for name in SPLITS}
 
 
-def _pick(found: dict[str, list[Example]], name: str, source: str) -> list[Example]:
+def pick(found: dict[str, list[Example]], name: str, source: str) -> list[Example]:
     """The split of a source that stands for `name`; the only one where there is one."""
     for key in _NAMES[name]:
         if key in found:

@@ -315,6 +315,8 @@ def _marked(config: Mapping[str, Any]) -> str:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder. Raises UserError for a missing or damaged file."""
+    if not isinstance(folder, str | Path):
+        raise UserError(f"folder must be a path, not {folder!r}")
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a tokenizer is a folder with tokenizer.json")

@@ -74,6 +74,14 @@ class Config:
             if wanted and type(raw[name]) not in wanted:
                 raise UserError(f"config.json: {name} must be {wanted[-1].__name__}, "
                                 f"not {raw[name]!r}")
+        if "partial_rotary_factor" in types and not 0 < raw.get("partial_rotary_factor", 1) <= 1:
+            raise UserError("config.json: partial_rotary_factor must be above 0 and at most 1, not "
+                            f"{raw['partial_rotary_factor']!r}")
+        ends = raw.get("eos_token_id")
+        ends = ends if isinstance(ends, list | tuple) else [ends]
+        for name, ids in (("eos_token_id", ends), ("pad_token_id", [raw.get("pad_token_id")])):
+            if any(i is not None and type(i) is not int for i in ids):
+                raise UserError(f"config.json: {name} must be a token's number, not {raw[name]!r}")
         known = {name: raw.pop(name) for name in list(raw) if name in types}
         return cls(**known, extra=raw)
 

@@ -23,6 +23,12 @@ from glm_jax.tasks import Evaluation, Run, each
 from glm_jax.tasks.metrics import classification_metrics
 
 SHOWN = 10  # labels in a message, at most
+# What to do about a label that training does not have: in a file of its own, and in a split of one.
+MEND = "Mend the label, leave the row out, or train on rows of that class too"
+NOT_FINITE = ("the model's probabilities are not finite: its training went wrong, or its weights "
+              "are damaged; take another checkpoint or model")
+CUT = ("No row of that class fell into train when the data was split. Give more rows of it, or "
+       "name files: --config.task.dev=FILE --config.task.test=FILE")
 
 
 class Texts(NamedTuple):
@@ -92,7 +98,7 @@ class Classification(NamedTuple):
             if not 0 <= config[name] < 1:
                 raise UserError(f"task.{name}={config[name]}: a share from 0 to below 1 is wanted")
         for split, rows in examples.items():
-            check_labels(rows, labels, split)
+            check_labels(rows, labels, split, CUT if not config.get(split) else MEND)
         return cls(config, tokenizer, shape, examples, labels,
                    weigh_classes(tuple(config.class_weights), counts), seed)
 
@@ -136,9 +142,16 @@ class Classification(NamedTuple):
         return self.score(run, self.examples[split])
 
     def probabilities(self, run: Run, texts: Sequence[str]) -> np.ndarray:
-        """Class probabilities of any texts, `[texts, labels]`."""
+        """Class probabilities of any texts, `[texts, labels]`.
+
+        Raises:
+          UserError: when one is NaN.
+        """
         rows = self.texts([Example(text, "", "") for text in texts])
-        return each(run, rows, self.shape, self.pad_id)
+        found = each(run, rows, self.shape, self.pad_id)
+        if not np.isfinite(found).all():
+            raise UserError(NOT_FINITE)
+        return found
 
     def score(self, run: Run, examples: Sequence[Example]) -> Evaluation:
         """`evaluate` on any labelled examples."""
@@ -180,9 +193,10 @@ def shown(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:SHOWN])) + (f", … and {more} more" if more > 0 else "")
 
 
-def check_labels(rows: Sequence[Example], labels: Sequence[str], split: str) -> None:
+def check_labels(rows: Sequence[Example], labels: Sequence[str], split: str,
+                 advice: str = MEND) -> None:
     """Raises a UserError at the first row whose label is not among `labels`."""
     for row in rows:
         if row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r} in {split} does not occur in "
-                            f"training, which has {shown(labels)}")
+                            f"training, which has {shown(labels)}. {advice}")

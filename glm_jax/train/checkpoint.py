@@ -127,7 +127,8 @@ class Checkpoints:
         The array leaves of `abstract_state` have shape, dtype and sharding (`jax.ShapeDtypeStruct`,
         or arrays): the mesh may differ from the one that saved. Its other leaves are placeholders.
         `data_iterator` is set to the saved position. Every file is checked first: without `step`, a
-        damaged one is skipped with a warning for the step before.
+        damaged one is skipped with a warning for the step before; "best" is the newest best that is
+        whole, the last whole step where none is.
 
         Raises UserError if no step is whole, if the asked one is damaged or absent, or if the tree,
         a shape or a dtype differs from what was saved (the parameter is named).
@@ -137,9 +138,11 @@ class Checkpoints:
         if chosen < 0:
             return None
         path = self.folder / str(chosen)
-        saved = ocp.metadata(path, "state")
-        assert isinstance(saved.custom_metadata, dict)
+        saved = self._metadata(chosen)
         scalars, position = saved.custom_metadata["scalars"], saved.custom_metadata["data"]
+        if step == "best" and (best := scalars.get("host.best_step")) not in (None, 0, chosen):
+            _log.warning("%s: its best step, %s, is not whole: step %d stands in", self.folder,
+                         best, chosen)
         _check_same(path, {**saved.metadata, **scalars}, dict(_named(abstract_state)))
         wanted = {n: _abstract(x) for n, x in _named(abstract_state) if hasattr(x, "shape")}
         try:
@@ -157,6 +160,14 @@ class Checkpoints:
         self._saved = {chosen}  # what is saved later belongs to another past, and is written anew
         leaves = [arrays[n] if n in arrays else scalars[n] for n, _ in _named(abstract_state)]
         return chosen, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+    def whole_best(self) -> tuple[int, dict[str, Any]]:
+        """The newest whole best step, -1 for none, and its scalars; warns of damaged ones."""
+        step = _from_process_0(lambda: self._whole(self._bests()))
+        return step, self._metadata(step).custom_metadata["scalars"] if step >= 0 else {}
+
+    def _metadata(self, step: int) -> Any:
+        return ocp.metadata(self.folder / str(step), "state")
 
     def _sums(self, step: int) -> Path:
         return self.folder / f"{step}{_SUMS}"
@@ -210,26 +221,29 @@ class Checkpoints:
     def _choose(self, wanted: int | Literal["best"] | None) -> int:
         """The step to restore, checked; -1 for none. Raises UserError."""
         steps = self.steps()
-        if wanted is not None:
-            step = self.best_step() if wanted == "best" else wanted
-            if step is None or step not in steps:
+        if isinstance(wanted, int):
+            if wanted not in steps:
                 has = f"it has {', '.join(map(str, steps)) or 'none'}"
                 raise UserError(f"{self.folder} has no checkpoint '{wanted}': {has}")
-            if fault := self._fault(step):
-                raise UserError(f"{fault}; delete {self.folder / str(step)} and run again")
-            return step
-        fault = None
+            if fault := self._fault(wanted):
+                raise UserError(f"{fault}; delete {self.folder / str(wanted)} and run again")
+            return wanted
+        step = self._whole(self._bests()) if wanted == "best" else -1
+        if step < 0 and (step := self._whole(self.steps())) < 0 and steps:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole ({self._fault(steps[0])}); delete that "
+                "folder to start again, or put back a copy of it"
+            )
+        return step
+
+    def _whole(self, steps: list[int]) -> int:
+        """The last of these steps that is whole, -1 for none; warns of each that is not."""
         for step in reversed(steps):
             fault = self._fault(step)
             if fault is None:
                 return step
             self._damaged.add(step)
             _log.warning("%s: checkpoint %d is not used, looking for the one before", fault, step)
-        if fault:
-            raise UserError(
-                f"no checkpoint in {self.folder} is whole ({fault}); delete that folder to start "
-                "again, or put back a copy of it"
-            )
         return -1
 
     def _fault(self, step: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -131,7 +131,7 @@ def labels_of(model: Any) -> tuple[str, ...]:
     return tuple(names[i] for i in sorted(names))
 
 
-def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["best"] | None,
+def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | None,
          dtype: str | None) -> Trained:
     config, labels = ConfigDict(raw["config"]), tuple(raw["labels"])
     base, tokens = setup.folders(config)
@@ -150,9 +150,8 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | Literal["bes
     state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        if step is None and checkpoints.best_step() is not None:
-            step = "best"
-        restored = checkpoints.restore({"state": state, "host": COUNTERS}, None, step)
+        restored = checkpoints.restore({"state": state, "host": COUNTERS}, None,
+                                       "best" if step is None else step)
     finally:
         checkpoints.close()
     if restored is None:

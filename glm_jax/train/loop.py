@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -26,9 +27,10 @@ from glm_jax.train.export import export
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.report import write_report
 from glm_jax.train.step import by_path, init_state, judged, make_step
-from glm_jax.train.trackers import Tracker, open_tracker
+from glm_jax.train.trackers import Tracker, import_wandb, open_tracker
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER = "Lower optimizer.learning_rate, for which a new --workdir is wanted"
 
 
 class Finished(NamedTuple):
@@ -39,11 +41,13 @@ class Finished(NamedTuple):
 
 
 class Interrupted(Exception):
-    """The run was told to stop, and has saved: `signal` says by what."""
+    """The run was told to stop, and has saved what is sound: `signal` says by what."""
 
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is "
-                         "saved; the same command goes on from there")
+    def __init__(self, signum: int, step: int, saved: bool):
+        on = ("which is saved; the same command goes on from there" if saved else
+              "which is not saved, since its numbers are not finite; the same command goes on from "
+              "the last good checkpoint")
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, {on}")
         self.signal = signum
 
 
@@ -60,6 +64,8 @@ def train(config: Any, workdir: Path) -> Finished:
     setup.check_same_run(workdir, identity)
     with jax.set_mesh(run.mesh), setup.matmul_precision(config):
         loop = Loop(config, workdir, run, started)
+        if config.log.wandb_project:
+            import_wandb()
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
         workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
@@ -80,7 +86,11 @@ class Loop:
             raise UserError(f"eval.metric={config.eval.metric!r}: choose one of "
                             + ", ".join(task.metrics))
         batches = Batches(task.source("train"), task.shape, task.pad_id, config.seed)
-        self.steps = config.steps or max(1, round(config.epochs * batches.epoch_steps(0)))
+        steps = config.steps or max(1.0, config.epochs * batches.epoch_steps(0))
+        if steps > setup.MOST["steps"]:
+            raise UserError(f"epochs={config.epochs}: {steps:.3g} steps; at most "
+                            f"{setup.MOST['steps']} are possible")
+        self.steps = round(steps)
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.state = init_state(by_path(parts.trainable), optimizer, run.mesh,
@@ -93,8 +103,8 @@ class Loop:
                                    run.mesh)
         self.data = stream(batches)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
-        worst = math.inf if config.eval.metric in LOWER_IS_BETTER else -math.inf
-        self.host = COUNTERS | {"best": worst}
+        self.worst = math.inf if config.eval.metric in LOWER_IS_BETTER else -math.inf
+        self.host = COUNTERS | {"best": self.worst}
         self.first_step_seconds = 0.0
 
     def run(self) -> Finished:
@@ -103,6 +113,10 @@ class Loop:
         if restored is not None:
             step, tree = restored
             self.state, self.host = tree["state"], tree["host"]
+            best, then = self.checkpoints.whole_best()
+            if self.host["best_step"] not in (0, best):  # damaged: an older one is the best now
+                self.host.update({name: then.get(f"host.{name}", value) for name, value in
+                                  (("best", self.worst), ("best_step", 0))})
             logging.info("going on from step %d", step)
         try:
             if not self.is_over(step):
@@ -123,6 +137,7 @@ class Loop:
         before = self.host["seconds"]
         while not self.is_over(step):
             batch = put(next(self.data), self.mesh)
+            log.before_step()
             self.state, metrics = self.step_function(self.state, self.parts.frozen, batch)
             step += 1
             log.put(step, metrics)  # reads the numbers of the step before, while this one runs
@@ -134,14 +149,18 @@ class Loop:
             stop = asked()
             if evaluate or save or stop:
                 log.flush()
-                best = evaluate and self.judge(step, tracker)
+                # What is not sound is not saved: good checkpoints would have to go for it.
+                sound = not log.skipped_in_a_row and all(
+                    bool(jnp.isfinite(x).all()) for x in self.state["trainable"].values())
+                best = self.judge(step, tracker) if sound and evaluate else False
                 self.host["seconds"] = before + time.monotonic() - self.started
-                self.checkpoints.save(step, {"state": self.state, "host": self.host}, self.data,
-                                      best=best)
+                if sound := sound and best is not None:
+                    self.checkpoints.save(step, {"state": self.state, "host": self.host},
+                                          self.data, best=bool(best))
                 log.restart_clock()
-            if stop:
-                self.checkpoints.wait()
-                raise Interrupted(stop, step)
+                if stop:
+                    self.checkpoints.wait()
+                    raise Interrupted(stop, step, sound)
         log.flush()
         return step
 
@@ -150,10 +169,13 @@ class Loop:
         patience = self.config.eval.patience
         return step >= self.steps or (patience > 0 and self.host["stale"] >= patience)
 
-    def judge(self, step: int, tracker: Tracker) -> bool:
-        """Evaluates on dev; whether this is the best so far."""
+    def judge(self, step: int, tracker: Tracker) -> bool | None:
+        """Evaluates on dev; whether this is the best so far, None for metrics not finite."""
         metrics = self.evaluate("dev").metrics
         tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if not all(map(math.isfinite, metrics.values())):
+            self.host["stale"] += 1
+            return None
         name = self.config.eval.metric
         better = metrics[name] < self.host["best"] if name in LOWER_IS_BETTER else \
             metrics[name] > self.host["best"]
@@ -169,20 +191,25 @@ class Loop:
     def finish(self, step: int) -> Finished:
         """Restores the best step, measures it on the final split, exports it and reports."""
         skipped, seconds = int(self.state["skipped"]), self.host["seconds"]
-        if self.host["best_step"]:
-            restored = self.checkpoints.restore({"state": self.state, "host": self.host},
-                                                None, "best")
-            if restored is not None:
-                self.state = restored[1]["state"]
-        task = self.task
+        restored = self.checkpoints.restore({"state": self.state, "host": self.host}, None, "best")
+        if restored is None:
+            raise UserError(f"{self.workdir}: no step with finite weights and metrics, so there is "
+                            f"nothing to export. {LOWER}")
+        taken, self.state, self.host = restored[0], restored[1]["state"], restored[1]["host"]
+        name, task = self.config.eval.metric, self.task
+        if taken != self.host["best_step"]:  # one that stands in for a best that is lost
+            self.host.update(best_step=taken, best=self.evaluate("dev").metrics[name])
         final = self.evaluate(task.final)
+        if not all(map(math.isfinite, final.metrics.values())):
+            raise UserError(f"{self.workdir}: {task.final} gives {final.metrics} at step {taken}; "
+                            f"nothing is exported. {LOWER}")
         trained = setup.count(self.parts.trainable)
         path, first = self.workdir / "result.json", round(self.first_step_seconds, 3)
         if not first and path.exists():  # the command again, after its end: all stays as it was
             first = read_json(path).get("seconds_to_first_step", first)
         result = {
             task.final: final.metrics, "best_step": self.host["best_step"],
-            "best": {self.config.eval.metric: self.host["best"]}, "steps": step,
+            "best": {name: self.host["best"]}, "steps": step,
             "skipped_steps": skipped, "seconds": round(seconds, 3),
             "seconds_to_first_step": first,
             "parameters": {"trainable": trained,
@@ -201,11 +228,18 @@ class Log:
     def __init__(self, config: Any, schedule: Callable[[int], Any], tracker: Tracker):
         self.config, self.schedule, self.tracker = config, schedule, tracker
         self.waiting: tuple[int, Any] | None = None
+        self.ended: float | None = None  # when the step that waits was done, if that is known
+        self.skipped_in_a_row = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Tokens are counted from now on: evaluating and saving is not training."""
         self.tokens, self.since = 0, time.monotonic()
+
+    def before_step(self) -> None:
+        """Notes the time if the step that waits is done: on a CPU the next may run at once."""
+        if self.waiting and self.waiting[1]["loss"].is_ready():
+            self.ended = time.monotonic()
 
     def put(self, step: int, metrics: Any) -> None:
         self.flush()
@@ -222,23 +256,25 @@ class Log:
         step, metrics = self.waiting
         self.waiting = None
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        ended, self.ended = self.ended or time.monotonic(), None
         self.tokens += values["tokens"]
-        if values["skipped_in_a_row"]:
+        self.skipped_in_a_row = values["skipped_in_a_row"]
+        if self.skipped_in_a_row:
             logging.warning("step %d: loss %s or its gradient is not finite; the step is skipped",
                             step, values["loss"])
             if values["skipped_in_a_row"] >= self.config.max_skipped:
                 raise UserError(
                     f"the loss was not finite for {values['skipped_in_a_row']} steps in a row, up "
-                    f"to step {step}; the last good checkpoint is kept. Lower "
-                    "optimizer.learning_rate, or look at the data of these steps")
+                    f"to step {step}; the last good checkpoint is kept. {LOWER}, or "
+                    "look at the data of these steps")
         if step % self.config.log.every == 0:
-            seconds = max(time.monotonic() - self.since, 1e-9)
+            seconds = max(ended - self.since, 1e-9)
             self.tracker.log(step, {
                 "train/loss": values["loss"], "train/grad_norm": values["grad_norm"],
                 "train/learning_rate": float(self.schedule(step - 1 - values["skipped"])),
                 "train/tokens_per_second": self.tokens / seconds,
                 "train/skipped": values["skipped"]})
-            self.restart_clock()
+            self.tokens, self.since = 0, ended
 
 
 @contextlib.contextmanager

@@ -133,14 +133,15 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
         saved = tuple(name for name in ("pooler", "score") if labels and hasattr(model, name))
         lora_config = lora.LoRAConfig(
             r=config.adapter.r, lora_alpha=config.adapter.alpha,
-            lora_dropout=config.adapter.dropout, target_modules=tuple(config.adapter.targets),
+            lora_dropout=config.adapter.dropout,
+            target_modules=tuple(map(str, config.adapter.targets)),
             use_rslora=config.adapter.rslora, modules_to_save=saved)
         lora.attach(model, lora_config, seed=config.seed, mesh=mesh)
     elif config.adapter.name:
         raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
     if model.config.model_type == "conv_rnn" and config.batch.examples != 1:
         raise UserError(f"batch.examples={config.batch.examples}: conv_rnn takes one example a row")
-    graphdef, trainable, frozen = partition(model, config.trainable)
+    graphdef, trainable, frozen = partition(model, tuple(map(str, config.trainable)))
     if lora_config is not None:
         check_exportable(trainable, lora_config)
     dtype, exact = dtype_of(config), exact_paths(model)

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -131,27 +132,33 @@ class TensorBoard:
 
     def log(self, step: int, values: Values) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            if math.isfinite(value):  # it warns of any other
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def import_wandb() -> Any:
+    """The package wandb. Raises UserError if it isn't installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging to Weights & Biases needs its package: `pip install wandb`, or leave the "
+            "project empty in the config"
+        ) from error
+    return wandb
 
 
 class WeightsAndBiases:
     """Weights & Biases. A resumed run goes on under the id that lies in its folder."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "logging to Weights & Biases needs its package: `pip install wandb`, or leave the "
-                "project empty in the config"
-            ) from error
         path = folder / "wandb_id"
         if not path.exists():
             write_text_atomic(path, uuid.uuid4().hex[:12])
-        self._run = wandb.init(
+        self._run = import_wandb().init(
             project=project,
             name=folder.name,
             id=path.read_text(encoding="utf-8").strip(),

@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,16 @@ def test_no_network_says_what_failed_and_where_to_put_the_file(registry):
                  wanted.sha256):
         assert part in message
     assert "\n" not in message
+
+
+def test_what_pip_says_is_its_error_not_its_tries(registry, monkeypatch):
+    said = ("WARNING: Retrying (Retry(total=1)) after connection broken by 'NewConnectionError'\n"
+            "ERROR: No matching distribution found for tinypkg==1.0\n"
+            "WARNING: There was an error checking the latest version of pip")
+    monkeypatch.setattr("glm_jax.data.fetch.subprocess.run", lambda *a, **how: SimpleNamespace(
+        returncode=1, stderr=said, stdout=""))
+    with pytest.raises(UserError, match="failed: ERROR: No matching distribution found for tinypk"):
+        fetch(archive(b"absent"))
 
 
 def test_a_missing_client_is_named(registry, monkeypatch):

@@ -63,6 +63,15 @@ def test_parquet(tmp_path):
         read_file(path)
 
 
+def test_parquet_with_a_column_twice(tmp_path):
+    import pyarrow.parquet
+
+    table = pyarrow.table([["好"], ["1"], ["坏"]], names=["text", "label", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="names a column twice"):
+        read_file(tmp_path / "a.parquet")
+
+
 def test_labels_may_be_absent_for_prediction(tmp_path):
     for name, content in (("a.csv", "text\n好\n"), ("a.jsonl", '{"text": "好"}')):
         path = write(tmp_path, name, content)

@@ -16,6 +16,7 @@ from glm_jax.data.split import (
     hash_split,
     load_splits,
     normalise,
+    pick,
     similar_pairs,
     unit_hash,
 )
@@ -54,6 +55,13 @@ def test_similar_pairs_equals_brute_force(letters, kind, longest):
     found = similar_pairs([letter for key in keys for letter in (key, "я" * 30)])
     assert sorted((i, j) for i, j in found if not i % 2) == sorted((2 * i, 2 * j)
                                                                    for i, j in wanted)
+
+
+def test_a_data_set_gives_the_split_that_is_asked_for():
+    assert pick({"train": [1], "validation": [2], "test": [3]}, "test", "x") == [3]
+    assert pick({"all": [1]}, "test", "x") == [1]
+    with pytest.raises(UserError, match="x: no split for test; it has train, validation"):
+        pick({"train": [1], "validation": [2]}, "test", "x")
 
 
 def test_the_kind_of_grams_is_what_most_letters_are():

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from glm_jax.parallel.mesh import make_mesh
@@ -103,10 +104,24 @@ def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, re
     label = wanted[0]["label"]
     assert plain.startswith(f"{label}\t好 ") and plain.endswith(f"\t{texts[0]}\n")
 
+    lines = door("predict", f"--model={folder}", "好\n坏\r", "差").out.splitlines()
+    assert [line.split("\t")[2] for line in lines] == [r"好\n坏\r", "差"]
+
     assert "no text" in refused("predict", f"--model={folder}")
     assert "not UTF-8 at byte 3" in refused("predict", f"--model={folder}", stdin=b"abc\xff")
     assert "absent.txt: no such file" in refused("predict", f"--model={folder}",
                                                  "--file=absent.txt")
+
+
+def test_weights_that_are_not_finite_are_refused(refused, run, reviews, tmp_path):
+    from safetensors.numpy import load_file, save_file
+    folder = tmp_path / "adapter"
+    shutil.copytree(run() / "adapter", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: x * np.float32("nan") for name, x in tensors.items()},
+              folder / "adapter_model.safetensors", {"format": "pt"})
+    assert "not finite" in refused("predict", f"--model={folder}", "好")
+    assert "not finite" in refused("evaluate", f"--model={folder}", f"--data={reviews}")
 
 
 def test_a_run_finds_its_base_from_anywhere_or_says_that_it_is_gone(door, refused, run, tmp_path):

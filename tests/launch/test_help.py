@@ -4,6 +4,7 @@ And what a door refuses before it loads anything.
 """
 
 import resource
+import signal
 import subprocess
 import sys
 
@@ -36,6 +37,32 @@ def test_parsing_flags_imports_nothing_heavy(name):
             f"print([m for m in {heavy} if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGTERM", "stopped by SIGTERM"),
+                                            ("SIGINT", "stopped")])
+@pytest.mark.parametrize("where", ["main", "config"])
+def test_a_signal_is_one_line_wherever_it_comes(tmp_path, name, said, where):
+    """In what a door runs, and while its flags are parsed, which imports the config file."""
+    raises = f"import os, signal, time; os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
+    config = raises * (where == "config") + "from configs.sentiment import get_config\n"
+    (tmp_path / "c.py").write_text(config)
+    code = ("import sys; from launch import door; door.flags_with_config()\n"
+            f"def main():\n    {raises if where == 'main' else 'pass'}\n"
+            f"sys.argv = ['x', '--config={tmp_path / 'c.py'}']; door.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 128 + getattr(signal, name), done.stderr
+    assert done.stderr.strip() == said
+
+
+@pytest.mark.parametrize("flags", [[], ["--verbose"]])
+def test_the_hubs_client_tells_of_its_tries_only_when_asked(flags):
+    code = ("import sys; from launch import door\n"
+            "def main():\n    from huggingface_hub.utils import logging\n"
+            "    print(logging.get_logger('huggingface_hub.x').isEnabledFor(logging.WARNING))\n"
+            f"sys.argv = ['x', *{flags}]; door.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == str(bool(flags)), done.stderr
 
 
 def test_what_is_refused_before_anything_is_loaded(refused, tmp_path):

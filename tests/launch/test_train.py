@@ -69,6 +69,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     (("--config.optimizer.b1=1.0",), "optimizer.b1=1.0: it must be below 1"),
     (("--config.optimizer.b2=-0.1",), "optimizer.b2=-0.1: it must be at least 0"),
     (("--config.optimizer.eps=0.0",), "optimizer.eps=0.0: it must be at least"),
+    (("--config.trainable=0",), "'0' matches no parameter"),
     (("--config.optimizer.final=1.5",), "optimizer.final=1.5: it must be at most 1"),
 ])
 def test_bad_input_leaves_no_run_folder(refused, base, reviews, tmp_path, arguments, message):

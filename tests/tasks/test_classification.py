@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs.sentiment import get_config
 from glm_jax.data.packing import Shape, assemble
 from glm_jax.data.records import Example
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.nn.loss import classification_loss
 from glm_jax.tasks import each
-from glm_jax.tasks.classification import Classification, check_labels, shown, weigh_classes
+from glm_jax.tasks.classification import MEND, Classification, check_labels, shown, weigh_classes
 
 SHAPE = Shape(4, 32, 4)
 
@@ -107,8 +108,28 @@ def test_labels_unseen_in_training_are_refused_by_file_and_line(load, tmp_path):
     with pytest.raises(UserError) as error:
         load(TRAIN, [("好", "a")], [("好", "a"), ("坏", "d")])
     assert str(error.value) == (f"{tmp_path / 'test.csv'}:3: label 'd' in test does not occur in "
-                                "training, which has a, b, c")
+                                f"training, which has a, b, c. {MEND}")
     check_labels([Example("好", "a", "x:1")], ("a", "b"), "dev")
+
+
+def test_a_rare_class_that_the_split_leaves_out_of_training_says_what_to_do(base, tmp_path):
+    def message(rare):
+        rows = [f"{chr(0x4e00 + 37 * i) * 6},{'好坏'[i % 2]}" for i in range(60)] + [f"{rare},平"]
+        (tmp_path / "all.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+        config = get_config().task
+        config.train = str(tmp_path / "all.csv")
+        try:
+            Classification.load(config, load_tokenizer(base), SHAPE)
+        except UserError as error:
+            return str(error)
+    said = list(filter(None, map(message, "一二三四五六七八九十甲乙丙丁")))
+    assert said and all("Give more rows of it, or name files: --config.task.dev" in s for s in said)
+
+
+def test_probabilities_that_are_not_finite_are_refused(load):
+    task = load(TRAIN, TRAIN, TRAIN)
+    with pytest.raises(UserError, match="not finite: its training went wrong"):
+        task.probabilities(lambda batch: biased(task)(batch) * np.nan, ["好"])
 
 
 def test_one_class_is_no_classification(load):
@@ -168,7 +189,7 @@ def test_many_labels_are_not_all_printed(load):
     with pytest.raises(UserError, match=r"100 classes is wanted \(10, .*, … and 90 m") as error:
         weigh_classes(tuple(range(99)), many)
     assert len(str(error.value)) < 300
-    with pytest.raises(UserError, match=r"has 10, .*, … and 90 more$"):
+    with pytest.raises(UserError, match=r"has 10, .*, … and 90 more\. Mend"):
         check_labels([Example("好", "a", "x:1")], sorted(many), "dev")
     rows = [(f"房{i}", f"说{i}") for i in range(12)]
     with pytest.raises(UserError, match="its 12 training rows have 12 different labels; is 'la"):

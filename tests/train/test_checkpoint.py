@@ -152,7 +152,7 @@ def test_a_damaged_step_falls_back_with_one_warning(tmp_path, harm, caplog):
     harm(data_file(tmp_path, 20))
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(UserError, match=r"20.*; delete .*20 and run again"):
-        checkpoints.restore(make_state(), step="best")
+        checkpoints.restore(make_state(), step=20)
     with caplog.at_level(logging.WARNING):
         step, state = checkpoints.restore(make_state())
     assert step == 10
@@ -166,6 +166,16 @@ def test_a_damaged_step_falls_back_with_one_warning(tmp_path, harm, caplog):
     checkpoints.save(20, make_state(21))
     checkpoints.wait()
     assert_same(Checkpoints(tmp_path).restore(make_state(), step=20)[1], make_state(21))
+
+
+def test_a_damaged_best_falls_back_to_the_one_before_then_to_the_last_whole(tmp_path):
+    save(tmp_path, 10, 20, 30, 40, best=(10, 40))
+    flip(data_file(tmp_path, 40))
+    assert Checkpoints(tmp_path).whole_best()[0] == 10
+    assert Checkpoints(tmp_path).restore(make_state(), step="best")[0] == 10
+    flip(data_file(tmp_path, 10))
+    assert Checkpoints(tmp_path).whole_best() == (-1, {})
+    assert Checkpoints(tmp_path).restore(make_state(), step="best")[0] == 30
 
 
 def test_no_good_step_left_is_an_error(tmp_path):

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -142,6 +144,86 @@ def test_losses_that_stay_infinite_stop_the_run_and_the_good_steps_stay(smoke, t
     assert len(rows(tmp_path)) <= len(skipped) + 1
 
 
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(smoke, tmp_path):
+    """The first step spoils them; the others are skipped, and the run would end well."""
+    for rate in (1e38, 1e30):  # infinite weights, and finite ones that give nothing finite
+        folder = tmp_path / str(rate)
+        with pytest.raises(UserError, match=r"nothing to export. Lower .* a new --workdir"):
+            loop.train(smoke(**{"optimizer.learning_rate": rate, "eval.every": 1}), folder)
+        assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_steps_that_are_skipped_push_no_good_checkpoint_out(smoke, tmp_path, monkeypatch, stop_at):
+    """From step 3 on each loss is infinite: step 2 stays the last, and is what is exported."""
+    make = loop.make_step
+
+    def make_step(*a, **how):
+        step = make(*a, **how)
+
+        def spoiled(state, frozen, batch):
+            state, metrics = step(state, frozen, batch)
+            if int(state["step"]) >= 3:
+                metrics |= {"loss": np.float32("inf"), "skipped_in_a_row": 1}
+            return state, {name: jax.numpy.asarray(value) for name, value in metrics.items()}
+        return spoiled
+    monkeypatch.setattr(loop, "make_step", make_step)
+    fields = {"checkpoint.every": 1, "eval.every": 2}
+    stop_at(5)
+    with pytest.raises(loop.Interrupted, match=r"not saved, .* goes on from the last good"):
+        loop.train(smoke(**fields), tmp_path)
+    steps = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert sorted(steps) == ["1", "2"]
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "make_step", make_step)
+    assert loop.train(smoke(**fields), tmp_path).result["best_step"] == 2
+
+
+def damage(folder):
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def test_a_damaged_best_checkpoint_ends_nothing(smoke, scores, stop_at, tmp_path, monkeypatch,
+                                                caplog):
+    """Seen before it trains on, after the end, and when it is evaluated."""
+    fields = {"eval.every": 1, "checkpoint.every": 0}
+    scores(0.5, 0.8, 0.6, 0.7)
+    stop_at(4)
+    with pytest.raises(loop.Interrupted):
+        loop.train(smoke(**fields), tmp_path)
+    monkeypatch.undo()
+    damage(tmp_path / "checkpoints" / "2")
+    asked = scores(0.4, 0.3, 0.35)
+    result = loop.train(smoke(**fields), tmp_path).result
+    assert "checkpoint 2 is not used" in caplog.text
+    # Nothing whole was marked: step 5 is the best of what came after.
+    assert (result["best_step"], result["best"]) == (5, {"accuracy": 0.4})
+    damage(tmp_path / "checkpoints" / "5")
+    caplog.clear()
+    assert parameters(tmp_path)
+    assert "its best step, 5, is not whole: step 6 stands in" in caplog.text
+    result = loop.train(smoke(**fields), tmp_path).result
+    assert asked == ["dev", "dev", "test", "dev", "test"]
+    assert (result["best_step"], result["best"]) == (6, {"accuracy": 0.35})
+
+
+def test_the_speed_is_that_of_the_step_where_each_ends_before_the_next_begins(monkeypatch):
+    """As on a CPU, and a step that is read at once, as before saving: a second and 100 tokens."""
+    now, seen = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    log = loop.Log(SimpleNamespace(log=SimpleNamespace(every=1), max_skipped=9), lambda step: 0.1,
+                   SimpleNamespace(log=lambda step, values: seen.append(values)))
+    for step in (1, 2, 3):
+        log.before_step()
+        now[0] += 1
+        log.put(step, {"tokens": 100, "skipped_in_a_row": 0, "skipped": 0, "grad_norm": 1.0,
+                       "loss": jax.block_until_ready(jax.numpy.float32(1))})
+    log.flush()
+    assert [values["train/tokens_per_second"] for values in seen] == [100, 100, 100]
+
+
 def test_a_checkpoint_with_a_changed_byte_is_not_used(smoke, stop_at, tmp_path, caplog,
                                                       monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -150,15 +232,23 @@ def test_a_checkpoint_with_a_changed_byte_is_not_used(smoke, stop_at, tmp_path, 
     with pytest.raises(loop.Interrupted):
         loop.train(smoke(), parts)
     monkeypatch.undo()
-    files = [p for p in (parts / "checkpoints" / "4").rglob("*") if p.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    damaged = bytearray(largest.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    largest.write_bytes(damaged)
+    damage(parts / "checkpoints" / "4")
     loop.train(smoke(), parts)
     assert "has changed since it was written: checkpoint 4 is not used" in caplog.text
     assert rows(parts) == rows(whole)
     assert content(parts / "adapter") == content(whole / "adapter")
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"steps": 0, "epochs": 1e300}, r"epochs=1e\+300: .* steps; at most 2147483647"),
+    ({"steps": 0, "epochs": 1e308}, r"epochs=1e\+308: inf steps"),
+    ({"log.wandb_project": "x"}, "pip install wandb"),
+])
+def test_what_is_refused_leaves_no_folder(smoke, tmp_path, monkeypatch, fields, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=message):
+        loop.train(smoke(**fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluating_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch):

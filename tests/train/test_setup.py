@@ -58,6 +58,8 @@ def test_scratch_does_not_begin_with_the_weights(smoke):
     ({"model.init": "zeros", "adapter.name": ""}, "choose 'pretrained' or 'random'"),
     ({"adapter.dropout": 1.0}, "lora_dropout"),
     ({"model.init": "random"}, "an adapter on random weights"),
+    ({"trainable": (0,)}, "'0' matches no parameter"),
+    ({"adapter.targets": (0,)}, "'0' matches no linear layer"),
     ({"trainable": ("adapter", "score", "norm")}, "names norm.scale, which an adapter's folder"),
 ])
 def test_bad_settings(smoke, fields, message):

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from glm_jax.errors import UserError
-from glm_jax.train.trackers import Jsonl, Terminal, cut, open_tracker, read_rows
+from glm_jax.train.trackers import Jsonl, TensorBoard, Terminal, cut, open_tracker, read_rows
 
 
 def events(folder):
@@ -80,6 +80,14 @@ def test_tensorboard_does_not_import_torch(tmp_path):
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == 0
+
+
+def test_tensorboard_leaves_out_what_is_not_finite(tmp_path, caplog):
+    board = TensorBoard(tmp_path, None)
+    board.log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf")})
+    board.close()
+    assert caplog.text == ""
+    assert not [value for event in events(tmp_path) for value in event.summary.value]
 
 
 def test_wandb_goes_on_under_its_id(tmp_path, monkeypatch):
