@@ -147,6 +147,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(folder)
+        for left in folder.parent.iterdir():  # of processes that were killed
+            if re.fullmatch(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}(-old)?", left.name):
+                shutil.rmtree(left)
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror or error}") from error
     finally:

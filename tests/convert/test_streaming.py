@@ -19,7 +19,7 @@ from glm_jax.convert import hf, written
 from glm_jax.convert.hf import conversion, flat, load_model, open_folder, save_model, stored
 from glm_jax.convert.renamed import renamed
 from glm_jax.convert.verify import different
-from glm_jax.convert.written import Tensor, size_in_bytes, write_safetensors
+from glm_jax.convert.written import Tensor, size_in_bytes, whole_folder, write_safetensors
 from glm_jax.errors import UserError
 from glm_jax.parallel.mesh import make_mesh, sharding
 from tests.convert.test_hf import read
@@ -235,3 +235,14 @@ def test_a_source_that_breaks_off_leaves_nothing(chatglm, tmp_path):
     with pytest.raises(UserError, match="gone"):
         found.write(tmp_path / "out", 9000)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_leaves_nothing_for_ever(tmp_path):
+    for name in (".out-ab_d1234", ".out-ab_d1234-old", ".out-more-ab_d1234", ".out-notes"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
+        raise RuntimeError  # what was whole before may be all there is
+    assert (tmp_path / ".out-ab_d1234-old").is_dir()
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "config.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out-more-ab_d1234", ".out-notes"}
