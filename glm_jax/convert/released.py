@@ -92,7 +92,7 @@ class Released:
         self.shapes: Shapes = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._shards: dict[str, tuple[Path, Read]] = {}
-        self._warned: set[str] = set()
+        self._warned = False
         singles = singles or (SINGLE, INDEX, PICKLED, PICKLED_INDEX)
         found = next((name for name in singles if (folder / name).exists()), None)
         if found is None:
@@ -127,16 +127,17 @@ class Released:
         return sorted({path for path, _ in self._shards.values()})
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """A slice of one tensor, in the file's dtype; warns once of values that are not finite.
+        """A slice of one tensor, in the file's dtype; warns of the first that isn't finite.
 
         Raises:
           UserError: when the file has become shorter since it was opened.
         """
         path, read = self._shards[name]
         array = read(name, index)
-        if name not in self._warned and not all_finite(array):
-            self._warned.add(name)
-            logging.warning("%s: %s holds NaN or infinite values", path, name)
+        if not self._warned and not all_finite(array):
+            self._warned = True
+            logging.warning("%s: %s holds NaN or infinite values; perhaps others do too", path,
+                            name)
         return array
 
 

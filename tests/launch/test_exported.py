@@ -113,15 +113,18 @@ def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, re
                                                  "--file=absent.txt")
 
 
-def test_weights_that_are_not_finite_are_refused(refused, run, reviews, tmp_path):
+def test_weights_that_are_not_finite_are_refused(door, run, reviews, tmp_path):
     from safetensors.numpy import load_file, save_file
     folder = tmp_path / "adapter"
     shutil.copytree(run() / "adapter", folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: x * np.float32("nan") for name, x in tensors.items()},
               folder / "adapter_model.safetensors", {"format": "pt"})
-    assert "not finite" in refused("predict", f"--model={folder}", "好")
-    assert "not finite" in refused("evaluate", f"--model={folder}", f"--data={reviews}")
+    for what in (["predict", "好"], ["evaluate", f"--data={reviews}"]):
+        done = door(what[0], f"--model={folder}", what[1])
+        warned, refused = done.err.splitlines()
+        assert "holds NaN or infinite values" in warned and done.code == 2 and not done.out
+        assert refused.startswith("error: ") and "not finite" in refused
 
 
 def test_a_run_finds_its_base_from_anywhere_or_says_that_it_is_gone(door, refused, run, tmp_path):

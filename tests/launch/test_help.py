@@ -47,7 +47,8 @@ def test_a_signal_is_one_line_wherever_it_comes(tmp_path, name, said, where):
     raises = f"import os, signal, time; os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
     config = raises * (where == "config") + "from configs.sentiment import get_config\n"
     (tmp_path / "c.py").write_text(config)
-    code = ("import sys; from launch import door; door.flags_with_config()\n"
+    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from launch import door; door.flags_with_config()\n"  # a background job ignores it
             f"def main():\n    {raises if where == 'main' else 'pass'}\n"
             f"sys.argv = ['x', '--config={tmp_path / 'c.py'}']; door.run(main)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
