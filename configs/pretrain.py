@@ -21,7 +21,6 @@ def get_config(variant: str = "") -> ConfigDict:
         # The share of the documents with a teacher's vector (launch/embed.py) that are read left
         # to right and learn it behind their end, and how many tokens such a vector counts for.
         "summaries": 0.0, "summary_weight": 10.0,
-        "word_dropout": 0.0,  # the share of such a document's tokens that are hidden behind [MASK]
     })
     config.model.init = "random"
     config.model.tokenizer = "corpus/tokenizer"

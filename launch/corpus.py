@@ -17,17 +17,15 @@ from launch import door
 
 OUT = flags.DEFINE_string("out", "corpus", "the folder to write")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "a tokenizer folder to use; trained if empty")
-SOURCES = flags.DEFINE_list("sources", [], "names of the sources to read; all if empty")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 16384, "tokens of the trained tokenizer")
 
 
 def main() -> None:
     from glm_jax.data.corpus import write_corpus
-    from glm_jax.data.sources import named
     from glm_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(TOKENIZER.value) if TOKENIZER.value else None
-    write_corpus(OUT.value, VOCAB_SIZE.value, tokenizer, named(SOURCES.value))
+    write_corpus(OUT.value, VOCAB_SIZE.value, tokenizer)
 
 
 if __name__ == "__main__":

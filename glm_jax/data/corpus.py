@@ -67,7 +67,7 @@ def build(sources: Iterable[Source], progress: Callable[[str], None] = print
         counts = {"docs": 0, "chars": 0, "dev_docs": 0, "leaked": 0}
         for text in map(clean, source.read()):
             if text in seen or len(text) < (
-                MIN_REVIEW_CHARS if source.name.startswith("review") else MIN_CHARS
+                MIN_REVIEW_CHARS if source.name == "reviews" else MIN_CHARS
             ):
                 continue
             seen.add(text)
@@ -118,7 +118,7 @@ class TokenCorpus:
 
     def __init__(self, folder: str | Path, split: str):
         """Raises UserError when the split's files are missing or do not fit each other."""
-        base = self.base = Path(folder) / split
+        base = self._base = Path(folder) / split
         try:
             self.offsets: np.ndarray = np.load(f"{base}.offsets.npy")
             self.sources: np.ndarray = np.load(f"{base}.sources.npy")  # [docs] uint8
@@ -161,7 +161,7 @@ class TokenCorpus:
         Raises:
           UserError: when launch/embed.py has not written them.
         """
-        base = self.base
+        base = self._base
         try:
             vectors, of = np.load(f"{base}.vectors.npy"), np.load(f"{base}.vector_of.npy")
         except (OSError, ValueError) as error:
@@ -190,34 +190,10 @@ def write_vectors(folder: str | Path, documents: Mapping[str, np.ndarray],
     for split, numbers in documents.items():
         corpus = TokenCorpus(folder, split)
         known = {corpus[int(i)].tobytes(): n for n, i in enumerate(numbers)}
-        _save_vectors(corpus, known, (vectors[split] - mean) @ axes)
-
-
-def copy_vectors(source: str | Path, target: str | Path) -> dict[str, int]:
-    """Gives a corpus' documents the vectors that they have in another, made with one tokenizer.
-
-    Returns, by split, how many documents have one.
-
-    Raises:
-      UserError: when the other has no vectors, or none of these documents.
-    """
-    counts = {}
-    for split in ("train", "dev"):
-        had, corpus = TokenCorpus(source, split), TokenCorpus(target, split)
-        vectors, of = had.vectors()
-        known = {had[int(i)].tobytes(): int(of[i]) for i in np.flatnonzero(of >= 0)}
-        counts[split] = int((_save_vectors(corpus, known, vectors) >= 0).sum())
-        if not counts[split]:
-            raise UserError(f"{target}: none of its {split} documents has a vector in {source}")
-    return counts
-
-
-def _save_vectors(corpus: TokenCorpus, known: Mapping[bytes, int], vectors: np.ndarray
-                  ) -> np.ndarray:
-    of = np.array([known.get(corpus[i].tobytes(), -1) for i in range(len(corpus))], np.int32)
-    np.save(f"{corpus.base}.vectors.npy", vectors.astype(np.float16))
-    np.save(f"{corpus.base}.vector_of.npy", of)
-    return of
+        of = np.array([known.get(corpus[i].tobytes(), -1) for i in range(len(corpus))], np.int32)
+        turned = ((vectors[split] - mean) @ axes).astype(np.float16)
+        np.save(Path(folder) / f"{split}.vectors.npy", turned)
+        np.save(Path(folder) / f"{split}.vector_of.npy", of)
 
 
 def write_corpus(folder: str | Path, vocab_size: int, tokenizer: Tokenizer | None = None,

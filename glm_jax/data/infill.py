@@ -4,32 +4,12 @@ A masked span leaves one mask token behind and follows at the end, behind `<sop>
 with is `<eop>`. As in GLM-4, attention stays causal and positions just count on.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import numpy as np
 
 from glm_jax.data.packing import Piece
 
 SPAN = 3  # mean length of a masked span, in tokens
 RATIO = 0.15  # of the tokens that are masked
-
-
-class WordDropout(NamedTuple):
-    """Hides a share `rate` of a text's tokens behind `mask_id` (Iyyer et al. 2015), never `kept`.
-
-    Which ones is drawn anew for each example and epoch.
-    """
-
-    rate: float
-    mask_id: int
-    kept: Sequence[int]
-    seed: int
-
-    def __call__(self, tokens: np.ndarray, index: int, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, 3, epoch, index))
-        hidden = (rng.random(len(tokens)) < self.rate) & ~np.isin(tokens, self.kept)
-        return np.where(hidden, np.int32(self.mask_id), tokens)
 
 
 def span_count(lengths: np.ndarray) -> np.ndarray:
@@ -47,15 +27,13 @@ def left_to_right(text: np.ndarray, special: dict[str, int], ends: bool) -> Piec
     return Piece(tokens, targets, weights)
 
 
-def summary(text: np.ndarray, special: dict[str, int], vector: np.ndarray,
-            hide: Callable[[np.ndarray], np.ndarray] = lambda tokens: tokens) -> Piece:
+def summary(text: np.ndarray, special: dict[str, int], vector: np.ndarray) -> Piece:
     """`[gMASK] <sop> text [sMASK]`: a whole document left to right, and behind it what it means.
 
     Nothing is predicted at `[sMASK]`; its hidden state learns the direction of `vector`.
-    `hide` may put other tokens in the text's place; what is predicted stays.
     """
     tokens, targets, weights = left_to_right(text, special, ends=True)[:3]
-    tokens = np.append(hide(tokens), special["[sMASK]"]).astype(np.int32)
+    tokens = np.append(tokens, special["[sMASK]"]).astype(np.int32)
     assert targets is not None and weights is not None
     return Piece(tokens, np.append(targets, 0).astype(np.int32),
                  np.append(weights, np.float32(0)), vector=vector)

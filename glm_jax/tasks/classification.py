@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.data.infill import WordDropout
 from glm_jax.data.packing import Piece, Shape
 from glm_jax.data.records import Example
 from glm_jax.data.split import load_splits
@@ -29,6 +28,23 @@ NOT_FINITE = ("the model's probabilities are not finite: its training went wrong
               "are damaged; take another checkpoint or model")
 CUT = ("No row of that class fell into train when the data was split. Give more rows of it, or "
        "name files: --config.task.dev=FILE --config.task.test=FILE")
+
+
+class WordDropout(NamedTuple):
+    """Hides a share `rate` of a text's tokens behind `mask_id` (Iyyer et al. 2015), never `kept`.
+
+    Which ones is drawn anew for each example and epoch.
+    """
+
+    rate: float
+    mask_id: int
+    kept: Sequence[int]
+    seed: int
+
+    def __call__(self, tokens: np.ndarray, index: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, 3, epoch, index))
+        hidden = (rng.random(len(tokens)) < self.rate) & ~np.isin(tokens, self.kept)
+        return np.where(hidden, np.int32(self.mask_id), tokens)
 
 
 class Texts(NamedTuple):

@@ -27,15 +27,10 @@ class Texts:
     """The documents of a split, cut to rows; each epoch draws another objective for each."""
 
     def __init__(self, corpus: TokenCorpus, shape: Shape, special: Mapping[str, int],
-                 mixture: tuple[float, float, float], seed: int, summaries: float = 0.0,
-                 word_dropout: float = 0.0):
-        """`summaries`: the share of the documents with a teacher's vector that learn it, of whose
-        tokens a share of `word_dropout` is hidden.
-        """
+                 mixture: tuple[float, float, float], seed: int, summaries: float = 0.0):
+        """`summaries`: the share of the documents with a teacher's vector that learn it."""
         self.corpus, self.special, self.mixture, self.seed = corpus, dict(special), mixture, seed
         self.summaries = summaries
-        self.hide = infill.WordDropout(word_dropout, special["[MASK]"],
-                                       [special["[gMASK]"], special["<sop>"]], seed)
         longest = int((shape.length - 3) / (1 + 2 * infill.RATIO / infill.SPAN + 0.01)) - 2
         if longest < 1:
             raise UserError(f"batch.length={shape.length} is too short for a text and its frame")
@@ -79,8 +74,7 @@ class Texts:
         if kind == CONTINUATION:
             return infill.continuation(text, self.special, rng)
         if kind == SUMMARY:
-            return infill.summary(text, self.special, self.vectors[self.vector_of[index]],
-                                  lambda tokens: self.hide(tokens, index, epoch))
+            return infill.summary(text, self.special, self.vectors[self.vector_of[index]])
         if kind == INFILL:
             return infill.infill(text, self.special, rng)
         return infill.left_to_right(text, self.special, ends)
@@ -130,10 +124,7 @@ class Pretrain(NamedTuple):
                             "left to right, continuation, infilling")
         corpus = TokenCorpus(self.config.corpus, split)
         summaries = self.config.summaries if split == "train" else float(self.config.summaries > 0)
-        hidden = self.config.word_dropout if split == "train" else 0.0
-        if not 0 <= hidden < 1:
-            raise UserError(f"task.word_dropout={hidden}: a share from 0 to below 1 is wanted")
-        return Texts(corpus, self.shape, special, mixture, self.seed, summaries, hidden)
+        return Texts(corpus, self.shape, special, mixture, self.seed, summaries)
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Sum of the weighted cross-entropies of the targets, and of what summaries lack."""

@@ -11,7 +11,6 @@ import zipfile
 import pytest
 
 from glm_jax.data import sources
-from glm_jax.errors import UserError
 
 
 @pytest.fixture
@@ -52,18 +51,6 @@ def test_shop_talk_leaves_the_random_answers_out(packed):
     packed({"d/data/taobao/dev.txt": "1\t怎么 发货\t亲 明天\n0\t怎么 发货\t不 知道\n1\t只 有 问\n",
             "d/data/taobao/vocab.txt": "亲\n明天\n"})
     assert list(sources.shop_talk()) == ["怎么发货\n亲明天"]
-
-
-def test_sentences_of_reviews(monkeypatch):
-    monkeypatch.setattr(sources, "reviews", lambda: ["房间不错！早餐一般；服务…\n还会来", "好"])
-    assert "|".join(sources.review_sentences()) == "房间不错！|早餐一般；|服务…|\n|还会来|好"
-
-
-def test_sources_by_name():
-    assert [s.name for s in sources.named(["quips", "reviews"])] == ["reviews", "quips"]
-    assert sources.named([]) == sources.SOURCES
-    with pytest.raises(UserError, match="no source is called 'quip'; there are reviews, "):
-        sources.named(["quip"])
 
 
 def test_dictionaries_keep_nine_tenths(packed):

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from glm_jax.data.corpus import (
-    Document,
-    TokenCorpus,
-    copy_vectors,
-    write_tokens,
-    write_vectors,
-)
+from glm_jax.data.corpus import Document, TokenCorpus, write_tokens, write_vectors
 from glm_jax.data.packing import Batches, Shape
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
@@ -39,9 +33,9 @@ def corpus(base, tmp_path):
     return write(tmp_path / "corpus", base, 120)
 
 
-def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE, dropout=0.0):
+def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE):
     config = ConfigDict({"corpus": str(corpus), "mixture": mixture, "summaries": summaries,
-                         "summary_weight": 7.0, "word_dropout": dropout})
+                         "summary_weight": 7.0})
     return Pretrain(config, load_tokenizer(base), shape, seed=0)
 
 
@@ -108,28 +102,6 @@ def test_summaries_learn_the_direction_of_their_vectors(base, taught):
     assert result.metrics["cosine"] == pytest.approx(0.75)
 
 
-def test_word_dropout_hides_what_summaries_read_and_not_what_they_predict(base, taught):
-    shape = SHAPE._replace(features=4, examples=6)
-    plain, hiding = (make(base, taught, summaries=1.0, shape=shape, dropout=rate)
-                     for rate in (0.0, 0.5))
-    mask = plain.tokenizer.token_id("[MASK]")
-    whole, hidden = (task.source("train") for task in (plain, hiding))
-    shares = []
-    for index in np.flatnonzero(whole.objectives(0) == 3)[:40]:
-        a, b = whole.piece(int(index), 0), hidden.piece(int(index), 0)
-        np.testing.assert_array_equal(a.targets, b.targets)
-        np.testing.assert_array_equal(a.tokens[[0, 1, -1]], b.tokens[[0, 1, -1]])
-        assert set(b.tokens[a.tokens != b.tokens]) <= {mask} and mask not in a.tokens
-        shares.append((b.tokens[2:-1] == mask).mean())
-    assert 0.4 < np.mean(shares) < 0.6
-    again = hidden.piece(int(index), 1).tokens
-    assert (again != b.tokens).any() and (hidden.piece(int(index), 0).tokens == b.tokens).all()
-    dev = hiding.source("dev")
-    assert all(mask not in dev.piece(i, 0).tokens for i in range(len(dev.size)))
-    with pytest.raises(UserError, match=r"task.word_dropout=1.0: a share"):
-        make(base, taught, dropout=1.0).source("train")
-
-
 def test_a_step_divides_by_the_tokens_of_a_batch_with_vectors(base, taught):
     shape = SHAPE._replace(features=4, examples=6)
     task = make(base, taught, summaries=1.0, shape=shape)
@@ -146,25 +118,6 @@ def test_vectors_lie_along_their_principal_axes_and_copies_share_them(taught):
     assert (np.diff(spread) < 0).all()
     np.testing.assert_allclose(np.corrcoef(vectors.T), np.eye(6), atol=2e-2)
     assert 2 < (spread[0] / spread[-1]) < 5  # the root of a ratio of about 10
-
-
-def test_vectors_are_taken_over_from_another_corpus(base, taught, tmp_path):
-    source, target = TokenCorpus(taught, "train"), tmp_path / "more"
-    tokenizer = load_tokenizer(base)
-    texts = ["房间" * 9, *(tokenizer.decode(source[i].tolist()) for i in (5, 0, 9))]
-    for split in ("train", "dev"):
-        documents = texts if split == "train" else [
-            tokenizer.decode(TokenCorpus(taught, "dev")[0].tolist())]
-        write_tokens(target, split, [Document(text, 0) for text in documents], tokenizer)
-    counts = copy_vectors(taught, target)
-    vectors, of = TokenCorpus(target, "train").vectors()
-    theirs, theirs_of = source.vectors()
-    wanted = [-1, *theirs_of[[5, 0, 9]]]
-    assert list(of) == wanted and counts == {"train": sum(n >= 0 for n in wanted), "dev": 1}
-    np.testing.assert_array_equal(vectors, theirs)
-    write_tokens(target, "train", [Document("房间" * 9, 0)], tokenizer)
-    with pytest.raises(UserError, match="none of its train documents has a vector in"):
-        copy_vectors(taught, target)
 
 
 def test_vectors_of_another_corpus_are_refused(base, taught):
