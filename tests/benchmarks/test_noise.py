@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks import noise
 from glm_jax.data.records import Example
+from glm_jax.data.split import load_splits
+from glm_jax.train.loop import train
 
 
 def test_a_turned_label_is_contradicted_and_a_doubtful_one_is_not():
@@ -27,4 +29,23 @@ def test_it_reads_a_file(toy_reviews, capsys):
     pytest.importorskip("sklearn")
     noise.main([f"--data={toy_reviews}", "--show=3"])
     out = capsys.readouterr().out
-    assert "labels contradicted 0.000; texts that stand there twice 0, with both labels 0" in out
+    assert "labels contradicted 0.000\n" in out
+    assert "texts that stand in the data twice 0, with both labels 0\n" in out
+
+
+def test_a_trained_classifier_finds_a_turned_label_of_a_split_it_has_not_seen(
+        smoke, reviews, tmp_path, capsys):
+    turned = load_splits(str(reviews))["test"][0]
+    other = {"好": "差", "差": "好"}[turned.label]
+    data, run = tmp_path / "turned.csv", tmp_path / "run"
+    data.write_text(reviews.read_text(encoding="utf-8").replace(
+        f'"{turned.text}",{turned.label}', f'"{turned.text}",{other}'), encoding="utf-8")
+    train(smoke("full", **{"steps": 30, "task.train": str(data), "eval.every": 30,
+                           "optimizer.learning_rate": 0.01}), run)
+    capsys.readouterr()
+    noise.main([f"--data={data}", "--split=test", "--show=5", f"--models={run},{run}"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("accuracies 0.9") and "all of them wrong on" in out[0]
+    assert next(line for line in out if line.endswith(turned.text)).startswith(f"{other}\t0.")
+    with pytest.raises(SystemExit):
+        noise.main([f"--models={run}"])  # the train split
