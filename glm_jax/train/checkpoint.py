@@ -8,7 +8,6 @@ A step without its `.sha256.json` is half-written and never trusted.
 
 import copy
 import errno
-import hashlib
 import json
 import logging
 import re
@@ -23,7 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from glm_jax.errors import UserError
-from glm_jax.files import write_json_atomic
+from glm_jax.files import sha256, write_json_atomic
 
 # What the loop counts and saves beside the arrays.
 COUNTERS: dict[str, Any] = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
@@ -112,10 +111,6 @@ class Checkpoints:
         steps = {int(match[1]) for match in found if match and match[2] == _SUMS}
         return sorted(s for s in steps - self._damaged if (self.folder / str(s)).is_dir())
 
-    def best_step(self) -> int | None:
-        """The newest step that was saved as the best."""
-        return max(self._bests(), default=None)
-
     def restore(
         self,
         abstract_state: Any,
@@ -188,7 +183,7 @@ class Checkpoints:
         response.result()
         if jax.process_index() == 0:
             path = self.folder / str(step)
-            files = {str(f.relative_to(path)): _sha256(f) for f in path.rglob("*") if f.is_file()}
+            files = {str(f.relative_to(path)): sha256(f) for f in path.rglob("*") if f.is_file()}
             write_json_atomic(self._sums(step), {"best": best, "files": files})
             self._damaged.discard(step)
             self._prune(step)
@@ -255,7 +250,7 @@ class Checkpoints:
             path = self.folder / str(step) / name
             if not path.is_file():
                 return f"{path} is missing"
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 return f"{path} has changed since it was written"
         return None
 
@@ -291,11 +286,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _root(error: BaseException) -> BaseException:
     """The first error of a chain: Orbax hides it under 'incompatible handler'."""
     return list(_causes(error))[-1]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
