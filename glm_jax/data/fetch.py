@@ -6,7 +6,6 @@ An archive is data here: it is hashed and read, never imported or installed.
 import fnmatch
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -66,11 +65,9 @@ def fetch(archive: Archive) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="fetching-", dir=path.parent))
-        try:
-            _download(archive, folder, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=path.parent,
+                                         ignore_cleanup_errors=True) as folder:
+            _download(archive, Path(folder), path)
     except OSError as error:
         raise UserError(
             f"can't write {archive.filename} into {path.parent}: {error.strerror or error}. "
