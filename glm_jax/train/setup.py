@@ -137,7 +137,7 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
             lora_dropout=config.adapter.dropout,
             target_modules=tuple(map(str, config.adapter.targets)),
             use_rslora=config.adapter.rslora, modules_to_save=saved)
-        lora.attach(model, lora_config, seed=config.seed, mesh=mesh)
+        lora.attach(model, lora_config, seed=config.seed)
     elif config.adapter.name:
         raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
     if model.config.model_type == "conv_rnn" and config.batch.examples != 1:
