@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
+import datetime
 import json
 import math
 import os
@@ -218,5 +219,4 @@ class Terminal:
     def _left(self, step: int) -> str:
         done = max(step - self._first, 1)
         seconds = (time.monotonic() - self._start) / done * max(self._total - step, 0)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
