@@ -192,16 +192,16 @@ def find_base(folder: str | Path) -> Path:
 
 
 def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[str, Any]:
-    written = _written_targets(model, config)
+    path = Path(os.path.relpath(base) if Path(base).is_absolute() else base)
     return {
-        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": _written_base(base),
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": path.as_posix(),
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "layers_pattern": None, "layers_to_transform": None, "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "modules_to_save": _written_saved(model, config.modules_to_save) or None,
-        "peft_type": "LORA",
-        "r": config.r, "rank_pattern": {}, "revision": None, "target_modules": written,
-        "task_type": TASKS[model.head], "use_dora": False, "use_rslora": config.use_rslora,
+        "peft_type": "LORA", "r": config.r, "rank_pattern": {}, "revision": None,
+        "target_modules": _written_targets(model, config), "task_type": TASKS[model.head],
+        "use_dora": False, "use_rslora": config.use_rslora,
     }
 
 
@@ -211,11 +211,6 @@ def _written_saved(model: Any, saved: tuple[str, ...]) -> list[str]:
     own = {path.rpartition(".")[0]: row.name.rpartition(".")[0] for row in rows
            for path in row.paths if not row.stacked}
     return sorted(own.get(name, name) for name in saved)
-
-
-def _written_base(base: str | Path) -> str:
-    path = Path(base)
-    return Path(os.path.relpath(path) if path.is_absolute() else path).as_posix()
 
 
 def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
@@ -252,13 +247,11 @@ def _table(model: Any, saved: tuple[str, ...]) -> list[Weight]:
             rows.append(row._replace(name=f"{name}.lora_A.weight", heads=0,
                                      path=next(path for path in a if path in parameters)))
             rows.append(row._replace(name=f"{name}.lora_B.weight", path=tuple(b)))
-    return rows + [row._replace(name=PREFIX + row.name) for row in weight_table(model)
-                   if row.read and _saves(saved, row)]
-
-
-def _saves(saved: tuple[str, ...], row: Weight) -> bool:
-    """Whether `modules_to_save` means the module of this row, by PyTorch's name or by ours."""
-    return any(matches(saved, name.rpartition(".")[0]) for name in (row.name, *row.paths))
+    for row in weight_table(model):  # a module is saved by PyTorch's name or by ours
+        if row.read and any(matches(saved, name.rpartition(".")[0])
+                            for name in (row.name, *row.paths)):
+            rows.append(row._replace(name=PREFIX + row.name))
+    return rows
 
 
 def _check(released: Released, table: list[Weight], parameters: Mapping[str, Any]) -> None:
