@@ -207,7 +207,9 @@ class Terminal:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
-            self._print(f"step {step}/{self._total}  {numbers}  {self._left(step)}")
+            each = (time.monotonic() - self._start) / max(step - self._first, 1)
+            left = datetime.timedelta(seconds=round(each * max(self._total - step, 0)))
+            self._print(f"step {step}/{self._total}  {numbers}  {left} left")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -215,8 +217,3 @@ class Terminal:
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False)
-
-    def _left(self, step: int) -> str:
-        done = max(step - self._first, 1)
-        seconds = (time.monotonic() - self._start) / done * max(self._total - step, 0)
-        return f"{datetime.timedelta(seconds=round(seconds))} left"
