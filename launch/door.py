@@ -160,8 +160,9 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
         print(f"{sys.modules['__main__'].__doc__}{FLAGS.main_module_help()}\n"  # its own flags
               f"{FLAGS.module_help(__name__)}\n")  # and those that all doors share
         sys.exit(0)
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows is no flag
     argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
-            for argument in argv]  # --max-shard-size is --max_shard_size
+            for argument in argv[:end]] + argv[end:]  # --max-shard-size is --max_shard_size
     try:
         rest = FLAGS(argv)
         if "config" in FLAGS:

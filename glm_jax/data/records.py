@@ -258,8 +258,9 @@ def read_dataset(
             if all(row[label_field] == -1 for row in rows):  # a test split without its answers
                 logging.warning("%s: its %s split has no labels and is left out", name, split)
                 continue
-            for row in rows:
-                row[label_field] = names[row[label_field]]
+            for row in rows:  # -1 and None: a row whose label is not known
+                number = row[label_field]
+                row[label_field] = None if number in (-1, None) else names[number]
         placed = ((row, f"{name}/{split}:{number}") for number, row in enumerate(rows, 1))
         found[str(split)] = _examples(placed, f"{name}/{split}", fields)
     return found
