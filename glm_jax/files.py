@@ -1,11 +1,12 @@
-"""Writing small files whole: a reader sees the old file or the new one, never a half."""
+"""Files: small ones are written whole, so that no reader sees a half; hashes; a folder's lock."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, so that equal values give equal bytes."""
     text = json.dumps(finite(value), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     write_text_atomic(path, text + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[str | Path]) -> str:
+    """One SHA-256 for several files: that of theirs, one after another."""
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in paths)).hexdigest()
 
 
 def resolve(path: str | Path) -> Path:

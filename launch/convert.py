@@ -12,9 +12,7 @@ A Hugging Face folder, of safetensors or .bin files, is written tensor by tensor
 in memory, unless --verify computes with it.
 """
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from glm_jax.convert.hf import Conversion
-    from glm_jax.convert.written import Tensor
 
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 TO = flags.DEFINE_enum("to", None, ["hf", "peft", "merged"], "the form to write")
@@ -171,6 +168,15 @@ def _refuse_itself(*sources: Any) -> None:
 
 
 def _write(found: "Conversion", size: int, files: dict[str, bytes]) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     console = door.console()
     if found.unused:
         more = f" and {len(found.unused) - 3} more" if len(found.unused) > 3 else ""
@@ -179,8 +185,12 @@ def _write(found: "Conversion", size: int, files: dict[str, bytes]) -> None:
     if DRY.value:
         _print_plan(found, size, files)
         return
-    with _progress(sum(tensor.bytes for tensor in found.tensors)) as wrote:
-        found.write(str(OUT.value), size, files, wrote)
+    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+                  TextColumn("{task.description}"), console=Console(stderr=True), transient=True,
+                  disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=sum(tensor.bytes for tensor in found.tensors))
+        found.write(str(OUT.value), size, files, lambda tensor: bar.update(
+            task, advance=tensor.bytes, description=tensor.name))
     console.print(f"wrote {OUT.value}: {found.architecture}, {found.dtype}"
                   + "".join(f", {name}" for name in sorted(files)))
     if found.architecture == "glm" and "tokenizer.model" in files and "tokenizer.json" not in files:
@@ -207,25 +217,6 @@ def _print_plan(found: "Conversion", size: int, files: dict[str, bytes]) -> None
 
 def _size(number: float) -> str:
     return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.3f} MB"
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[["Tensor"], None]]:
-    """A bar on a terminal; what it yields is called behind each tensor."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-                  TextColumn("{task.description}"), console=Console(stderr=True), transient=True,
-                  disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda tensor: bar.update(task, advance=tensor.bytes, description=tensor.name)
 
 
 def _judge(whose: str, ours: "np.ndarray", theirs: "np.ndarray", over: str, out: Any) -> None:

@@ -155,18 +155,14 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _help() -> str:
-    """The door's docstring, its own flags, and those that all doors share."""
-    own = FLAGS.main_module_help()
-    return f"{sys.modules['__main__'].__doc__}{own}\n{FLAGS.module_help(__name__)}\n"
-
-
 def _parse(argv: list[str], arguments: bool) -> list[str]:
     if {"--help", "-help", "-h"}.intersection(argv[1:]):
-        print(_help())
+        print(f"{sys.modules['__main__'].__doc__}{FLAGS.main_module_help()}\n"  # its own flags
+              f"{FLAGS.module_help(__name__)}\n")  # and those that all doors share
         sys.exit(0)
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows is no flag
     argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
-            for argument in argv]  # --max-shard-size is --max_shard_size
+            for argument in argv[:end]] + argv[end:]  # --max-shard-size is --max_shard_size
     try:
         rest = FLAGS(argv)
         if "config" in FLAGS:

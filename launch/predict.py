@@ -40,12 +40,12 @@ def main() -> None:
     task, run = classifier(trained, mesh)
     for text, p in zip(texts, task.probabilities(run, texts), strict=True):
         label = trained.labels[p.argmax()]
+        by_label = {name: float(x) for name, x in zip(trained.labels, p, strict=True)}
         if JSONL.value:
-            by_label = {name: float(x) for name, x in zip(trained.labels, p, strict=True)}
             print(json.dumps({"text": text, "label": label, "probabilities": by_label},
                              ensure_ascii=False))
         else:
-            shares = "  ".join(f"{name} {x:.3f}" for name, x in zip(trained.labels, p, strict=True))
+            shares = "  ".join(f"{name} {x:.3f}" for name, x in by_label.items())
             line = text.replace("\r", r"\r").replace("\n", r"\n")  # a text may hold several
             print(f"{label}\t{shares}\t{line}")
 

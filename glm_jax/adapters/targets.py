@@ -1,7 +1,6 @@
 """Which linear layers an adapter's `target_modules` names, by our paths or by PyTorch's."""
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from flax import nnx
@@ -96,7 +95,9 @@ def find(model: Any, target_modules: Target, excluded: tuple[str, ...] = (), *,
         raise UserError(f"target_modules: {target_modules!r} is not a regular expression: {error}"
                         ) from None
     if idle and (strict or len(idle) == len(ends)):
-        raise _no_match(idle[0] if isinstance(idle[0], str) else idle[0][0], layers)
+        target = idle[0] if isinstance(idle[0], str) else idle[0][0]
+        raise UserError(f"target_modules: {target!r} matches no linear layer; "
+                        + nearest(target, (path.rpartition(".")[2] for path in layers)))
     chosen = {}
     for path, layer in layers.items():
         covered = [matches(target_modules, name) for name in names.get(path, ())]
@@ -107,8 +108,3 @@ def find(model: Any, target_modules: Target, excluded: tuple[str, ...] = (), *,
                             f"not in layer {covered.index(False)}; adapters on part of a stack are "
                             "not supported")
     return chosen
-
-
-def _no_match(target: str, paths: Iterable[str]) -> UserError:
-    ends = {path.rpartition(".")[2] for path in paths}
-    return UserError(f"target_modules: {target!r} matches no linear layer; {nearest(target, ends)}")

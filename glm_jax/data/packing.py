@@ -4,6 +4,7 @@ Every batch is a function of (seed, step): the order of the data depends neither
 on the number of processes, and a Grain iterator resumes at once by its position.
 """
 
+import bisect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -92,23 +93,17 @@ def best_fit(lengths: np.ndarray, order: np.ndarray, shape: Shape) -> list[list[
       The examples of each row.
     """
     rows: list[list[int]] = []
-    by_space: list[list[int]] = [[] for _ in range(shape.length + 1)]
-    spaces = 0  # bit s is set while some row has s tokens of space
-    for index in order[np.argsort(-lengths[order], kind="stable")]:
+    takes: list[tuple[int, int, list[int]]] = []  # rows by space, the last filled first
+    for turn, index in enumerate(order[np.argsort(-lengths[order], kind="stable")]):
         need = min(int(lengths[index]), shape.length)
-        fitting = spaces >> need
-        if fitting:
-            space = need + (fitting & -fitting).bit_length() - 1
-            row = by_space[space].pop()
-            if not by_space[space]:
-                spaces &= ~(1 << space)
-        else:
-            row, space = len(rows), shape.length
+        at = bisect.bisect_left(takes, (need,))
+        if at == len(takes):
             rows.append([])
-        rows[row].append(int(index))
-        if len(rows[row]) < shape.examples:
-            by_space[space - need].append(row)
-            spaces |= 1 << (space - need)
+            takes.append((shape.length, 0, rows[-1]))
+        space, _, row = takes.pop(at)
+        row.append(int(index))
+        if len(row) < shape.examples:
+            bisect.insort(takes, (space - need, -turn, row))
     return rows
 
 

@@ -5,6 +5,7 @@ Every bad row is a UserError that says the file, the line and the field.
 
 import csv
 import difflib
+import io
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -63,7 +64,7 @@ def read_file(
         raise UserError(f"{path}: the suffix {path.suffix!r} is not known; "
                         f"use one of {', '.join(READERS)}")
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
         hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}.{hint}")
@@ -88,13 +89,9 @@ def split_texts(text: str) -> list[str]:
     return [line.strip() for line in _lines(text.removeprefix("\ufeff")) if line.strip()]
 
 
-def _lines(text: str) -> list[str]:
+def _lines(text: str) -> io.StringIO:
     """Only \n, \r\n and \r end a line: a text may hold U+2028 and its like."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _names_beside(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return io.StringIO(text, newline=None)
 
 
 def _examples(rows: Iterable[Row], source: str, fields: Fields) -> list[Example]:
@@ -164,9 +161,8 @@ def _text(path: Path) -> str:
 def _separated(path: Path, fields: Fields) -> Iterator[Row]:
     """Rows of a .csv or .tsv file. Raises UserError for a row with another number of columns."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = _lines(_text(path))
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(_text(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     begins = 1
     try:
@@ -262,8 +258,9 @@ def read_dataset(
             if all(row[label_field] == -1 for row in rows):  # a test split without its answers
                 logging.warning("%s: its %s split has no labels and is left out", name, split)
                 continue
-            for row in rows:
-                row[label_field] = names[row[label_field]]
+            for row in rows:  # -1 and None: a row whose label is not known
+                number = row[label_field]
+                row[label_field] = None if number in (-1, None) else names[number]
         placed = ((row, f"{name}/{split}:{number}") for number, row in enumerate(rows, 1))
         found[str(split)] = _examples(placed, f"{name}/{split}", fields)
     return found

@@ -9,6 +9,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
 from glm_jax.data.records import BUILT_IN, Example, load_records
 from glm_jax.errors import UserError
 
@@ -88,26 +92,16 @@ def duplicate_groups(texts: Sequence[str]) -> list[str]:
     """
     keys = [normalise(text) or text for text in texts]
     unique = sorted(set(keys))
-    parent = list(range(len(unique)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def join(i: int, j: int) -> None:
-        first, second = sorted((root(i), root(j)))
-        parent[second] = first
-
+    pairs = similar_pairs(unique)
     for _, same in groupby(range(len(unique)), lambda i: unique[i][:HEAD]):  # sorted
         first, *others = same
         if len(unique[first]) >= HEAD and len(others) < FEW:
-            for i in others:
-                join(first, i)
-    for i, j in similar_pairs(unique):
-        join(i, j)
-    name = {key: unique[root(i)] for i, key in enumerate(unique)}
+            pairs += [(first, other) for other in others]
+    graph = csr_array((np.ones(len(pairs)), np.array(pairs, int).reshape(-1, 2).T),
+                      (len(unique), len(unique)))
+    _, groups = connected_components(graph, directed=False)
+    _, firsts = np.unique(groups, return_index=True)
+    name = {key: unique[firsts[group]] for key, group in zip(unique, groups, strict=True)}
     return [name[key] for key in keys]
 
 

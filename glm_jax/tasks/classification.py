@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,30 +30,17 @@ CUT = ("No row of that class fell into train when the data was split. Give more 
        "name files: --config.task.dev=FILE --config.task.test=FILE")
 
 
-class WordDropout(NamedTuple):
-    """Hides a share `rate` of a text's tokens behind `mask_id` (Iyyer et al. 2015), never `kept`.
-
-    Which ones is drawn anew for each example and epoch.
-    """
-
-    rate: float
-    mask_id: int
-    kept: Sequence[int]
-    seed: int
-
-    def __call__(self, tokens: np.ndarray, index: int, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, 3, epoch, index))
-        hidden = (rng.random(len(tokens)) < self.rate) & ~np.isin(tokens, self.kept)
-        return np.where(hidden, np.int32(self.mask_id), tokens)
-
-
 class Texts(NamedTuple):
-    """Tokenised examples, as the packer reads them."""
+    """Tokenised examples, as the packer reads them.
+
+    Attributes:
+      word_dropout: of an example's tokens, its number and the epoch: what is read instead.
+    """
 
     tokens: list[np.ndarray]
     labels: list[int]
     class_weights: Sequence[float]
-    word_dropout: WordDropout | None = None
+    word_dropout: Callable[[np.ndarray, int, int], np.ndarray] | None = None
 
     def lengths(self, epoch: int) -> np.ndarray:
         return np.array([len(t) for t in self.tokens])
@@ -138,11 +125,19 @@ class Classification(NamedTuple):
         texts = self.texts(self.examples[split])
         if split != "train":
             return texts
-        dropout, rate = None, self.config.word_dropout
-        if rate:
-            dropout = WordDropout(rate, self.tokenizer.mask_id,
-                                  self.tokenizer.encode(""), self.seed)
-        return texts._replace(class_weights=self.class_weights, word_dropout=dropout)
+        texts = texts._replace(class_weights=self.class_weights)
+        rate = self.config.word_dropout
+        if not rate:
+            return texts
+        mask, frame = np.int32(self.tokenizer.mask_id), self.tokenizer.encode("")
+
+        def hide(tokens: np.ndarray, index: int, epoch: int) -> np.ndarray:
+            """A share of a text's tokens becomes [MASK] (Iyyer et al. 2015), never its frame."""
+            rng = np.random.default_rng((self.seed, 3, epoch, index))
+            hidden = (rng.random(len(tokens)) < rate) & ~np.isin(tokens, frame)
+            return np.where(hidden, mask, tokens)
+
+        return texts._replace(word_dropout=hide)
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Sum over examples of weight * cross-entropy, at each example's last token."""

@@ -1,6 +1,6 @@
 """Language-model pre-training: packed text left to right, mixed with blank infilling as data."""
 
-import hashlib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from glm_jax.data.corpus import TokenCorpus
 from glm_jax.data.packing import Piece, Shape, once
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
+from glm_jax.files import sha256_of_all
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.loss import cross_entropy
 from glm_jax.tasks import Evaluation, Run
@@ -39,7 +40,7 @@ class Texts:
         first = np.cumsum(counts) - counts
         self.start = (np.arange(len(self.document)) - first[self.document]) * longest
         self.size = np.minimum(corpus.lengths[self.document] - self.start, longest)
-        self._drawn: tuple[int, np.ndarray] = -1, np.empty(0)
+        self.objectives = functools.lru_cache(2)(self._objectives)  # threads may be an epoch apart
         if summaries:
             vectors, of = corpus.vectors()
             if vectors.shape[1] < shape.features:
@@ -49,7 +50,7 @@ class Texts:
             self.vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
             self.vector_of = np.where(counts == 1, of, -1)[self.document]  # whole texts only
 
-    def objectives(self, epoch: int) -> np.ndarray:
+    def _objectives(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, 1, epoch))
         drawn = rng.choice(3, size=len(self.size), p=np.array(self.mixture) / sum(self.mixture))
         kinds = np.where(self.size < 8, LEFT_TO_RIGHT, drawn)
@@ -69,7 +70,7 @@ class Texts:
         start, size = int(self.start[index]), int(self.size[index])
         ends = start + size == len(text)
         text = np.asarray(text[start:start + size], np.int64)
-        kind = self._kinds(epoch)[index]
+        kind = self.objectives(epoch)[index]
         rng = np.random.default_rng((self.seed, 2, epoch, index))
         if kind == CONTINUATION:
             return infill.continuation(text, self.special, rng)
@@ -78,12 +79,6 @@ class Texts:
         if kind == INFILL:
             return infill.infill(text, self.special, rng)
         return infill.left_to_right(text, self.special, ends)
-
-    def _kinds(self, epoch: int) -> np.ndarray:
-        drawn = self._drawn  # once: another thread may be in another epoch
-        if drawn[0] != epoch:
-            self._drawn = drawn = epoch, self.objectives(epoch)
-        return drawn[1]
 
 
 class Pretrain(NamedTuple):
@@ -104,17 +99,14 @@ class Pretrain(NamedTuple):
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokens of both splits, and of where documents end."""
-        digest = hashlib.sha256()
+        files = ["bin", "offsets.npy"]
+        files += ["vectors.npy", "vector_of.npy"] if self.config.summaries else []
         for split in ("train", "dev"):
-            TokenCorpus(self.config.corpus, split)  # says what is wrong when it is not there
-            files = ["bin", "offsets.npy"]
+            corpus = TokenCorpus(self.config.corpus, split)  # says what is wrong with it
             if self.config.summaries:
-                TokenCorpus(self.config.corpus, split).vectors()
-                files += ["vectors.npy", "vector_of.npy"]
-            for name in files:
-                with open(Path(self.config.corpus) / f"{split}.{name}", "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+                corpus.vectors()
+        return sha256_of_all(Path(self.config.corpus) / f"{split}.{name}"
+                             for split in ("train", "dev") for name in files)
 
     def source(self, split: str) -> Texts:
         special = {name: self.tokenizer.token_id(name) for name in SPECIAL}

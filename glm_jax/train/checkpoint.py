@@ -8,12 +8,11 @@ A step without its `.sha256.json` is half-written and never trusted.
 
 import copy
 import errno
-import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from glm_jax.errors import UserError
-from glm_jax.files import write_json_atomic
+from glm_jax.files import sha256, write_json_atomic
 
 # What the loop counts and saves beside the arrays.
 COUNTERS: dict[str, Any] = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
@@ -68,7 +67,12 @@ class Checkpoints:
                 write_json_atomic(self._sums(step), {**sums, "best": True})
                 self._prune(max(self._saved))
             return
-        arrays, scalars = _split(state)
+        named = dict(_named(state))
+        arrays = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
+        scalars = {name: leaf for name, leaf in named.items() if name not in arrays}
+        for name, leaf in scalars.items():
+            if not isinstance(leaf, bool | int | float | str):
+                raise TypeError(f"checkpoint: {name} is a {type(leaf).__name__}, not a jax.Array")
         # A copy: Orbax writes it later, and Grain gives out the object that it goes on with.
         position = None if data_iterator is None else copy.deepcopy(data_iterator.get_state())
         try:
@@ -112,10 +116,6 @@ class Checkpoints:
         steps = {int(match[1]) for match in found if match and match[2] == _SUMS}
         return sorted(s for s in steps - self._damaged if (self.folder / str(s)).is_dir())
 
-    def best_step(self) -> int | None:
-        """The newest step that was saved as the best."""
-        return max(self._bests(), default=None)
-
     def restore(
         self,
         abstract_state: Any,
@@ -148,7 +148,7 @@ class Checkpoints:
         try:
             arrays = ocp.load(path, wanted, checkpointable_name="state")
         except Exception as error:
-            raise RuntimeError(f"{path} could not be loaded: {_root(error)}") from error
+            raise RuntimeError(f"{path} could not be loaded: {_causes(error)[-1]}") from error
         if data_iterator is not None:
             try:
                 data_iterator.set_state(position)
@@ -177,8 +177,7 @@ class Checkpoints:
             sums = json.loads(self._sums(step).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        whole = isinstance(sums, dict) and isinstance(sums.get("files"), dict)
-        return sums if whole else None
+        return sums if isinstance(sums, dict) and isinstance(sums.get("files"), dict) else None
 
     def _bests(self) -> list[int]:
         return [step for step in self.steps() if (self._read_sums(step) or {}).get("best")]
@@ -188,7 +187,7 @@ class Checkpoints:
         response.result()
         if jax.process_index() == 0:
             path = self.folder / str(step)
-            files = {str(f.relative_to(path)): _sha256(f) for f in path.rglob("*") if f.is_file()}
+            files = {str(f.relative_to(path)): sha256(f) for f in path.rglob("*") if f.is_file()}
             write_json_atomic(self._sums(step), {"best": best, "files": files})
             self._damaged.discard(step)
             self._prune(step)
@@ -255,14 +254,14 @@ class Checkpoints:
             path = self.folder / str(step) / name
             if not path.is_file():
                 return f"{path} is missing"
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 return f"{path} has changed since it was written"
         return None
 
     def _explained(self, step: int, error: BaseException) -> Exception:
         """The error to raise for a save that failed; frees what the save had written."""
         self._clean()
-        causes = list(_causes(error))
+        causes = _causes(error)
         found = (re.search(r"os_error_code='(\d+)'", str(cause)) for cause in causes)
         codes = {int(match[1]) for match in found if match}  # TensorStore's way to say it
         codes |= {cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno}
@@ -273,49 +272,23 @@ class Checkpoints:
                 f"{where}: no space left on the device, {free:.0f} MiB are free. The checkpoints "
                 "before it are whole: free some space and run the same command again"
             )
-        if codes:
-            return UserError(f"{where}: {_root(error)}")
-        return RuntimeError(f"{where}: {_root(error)}")
+        return (UserError if codes else RuntimeError)(f"{where}: {causes[-1]}")
 
 
 def _not_from_orbax_threads(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _root(error: BaseException) -> BaseException:
-    """The first error of a chain: Orbax hides it under 'incompatible handler'."""
-    return list(_causes(error))[-1]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what led to it; the last is the root, which Orbax hides."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [error, *_causes(cause)] if cause else [error]
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their dotted paths, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-
-
-def _split(state: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """Arrays for Orbax, scalars for its metadata, both by dotted path."""
-    arrays: dict[str, jax.Array] = {}
-    scalars: dict[str, Any] = {}
-    for name, leaf in _named(state):
-        if isinstance(leaf, jax.Array):
-            arrays[name] = leaf
-        elif isinstance(leaf, bool | int | float | str):
-            scalars[name] = leaf
-        else:
-            raise TypeError(f"checkpoint: {name} is a {type(leaf).__name__}, not a jax.Array")
-    return arrays, scalars
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -281,18 +281,12 @@ class Log:
 def asked_to_stop() -> Iterator[Callable[[], int | None]]:
     """Within: SIGTERM and Ctrl-C only leave a note; a second one ends the program at once."""
     notes: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGINT)
 
     def note(signum: int, frame: FrameType | None) -> None:
         notes.append(signum)
-        for s, old in zip(signals, before, strict=True):
-            signal.signal(s, old)
+        before.close()
 
-    before = [signal.getsignal(s) for s in signals]
-    for s in signals:
-        signal.signal(s, note)
-    try:
+    with contextlib.ExitStack() as before:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            before.callback(signal.signal, signum, signal.signal(signum, note))
         yield lambda: notes[0] if notes else None
-    finally:
-        for s, old in zip(signals, before, strict=True):
-            signal.signal(s, old)

