@@ -144,8 +144,8 @@ def make_prompt(model: Any, tokens: Array, attention_mask: Array | None, max_new
     """Checks what a user gave (see `generate`), and chooses the buckets."""
     if model.head != "lm":
         raise UserError(f"generation needs a language-model head; this model's is {model.head!r}")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise UserError("max_new_tokens must be at least 1, a whole number, "
+    if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**30:
+        raise UserError("max_new_tokens must be at least 1, a whole number, and below 2**30, "
                         f"not {max_new_tokens!r}")
     tokens, mask = check_tokens(model.config, tokens, attention_mask)
     longest = int(mask.sum(axis=1).max())

@@ -113,7 +113,8 @@ def test_a_penalty_and_a_limit_need_no_compilation(tiny):
 
 
 @pytest.mark.parametrize(("beams", "message"), [
-    (Beams(0), "num_beams must be at least 1"), (Beams("4"), "a whole number, not '4'"),
+    (Beams(0), "num_beams must be at least 1"), (Beams("4"), "a whole number, .*, not '4'"),
+    (Beams(2**30), "at most 32051994, not"),
     (Beams(2, "long"), "length_penalty must be a number"),
     (Beams(2, 1.0, "soon"), "early_stopping must be")])
 def test_impossible_settings_are_named(tiny, beams, message):
