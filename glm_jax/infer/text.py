@@ -131,6 +131,8 @@ class Speaker:
         """
         if isinstance(prompt, str):
             if not (self.chats if chat is None else chat):
+                if tools:
+                    raise UserError("tools: a text to go on with has none; give messages, or chat")
                 return completion(self.tokenizer, self.model.config, prompt)
             prompt = [{"role": "user", "content": prompt}]
         return encode_chat(self.tokenizer, prompt, tools, add_generation_prompt=True)[0]

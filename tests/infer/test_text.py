@@ -50,6 +50,8 @@ def test_a_prompt_is_a_text_or_a_question(speaker):
     assert speaker().encode([{"role": "user", "content": "房间"}]) == asked
     with pytest.raises(UserError, match="message 1, role"):
         speaker().encode([{"role": "nobody", "content": ""}])
+    with pytest.raises(UserError, match="tools: a text to go on with has none"):
+        speaker().encode("房间", tools=[{"name": "f"}])
 
 
 def test_a_blank_of_glm_2021_is_that_of_the_text_or_one_behind_it():
