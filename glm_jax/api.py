@@ -18,10 +18,8 @@ from glm_jax.convert.hf import load_model, save_model
 from glm_jax.convert.renamed import renamed
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from glm_jax.errors import UserError
-from glm_jax.infer.beam import Beams, beam_search
-from glm_jax.infer.generate import Generation, Room, check_tokens
-from glm_jax.infer.generate import generate as generate_tokens
-from glm_jax.infer.sampling import sampling
+from glm_jax.infer.generate import Room, check_tokens, left_padded
+from glm_jax.infer.text import SETTINGS, ids_of, run
 from glm_jax.models import architecture_of, as_batch
 from glm_jax.nn.batch import Array, Batch
 from glm_jax.parallel.mesh import make_mesh, use_mesh_of
@@ -152,19 +150,14 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
     Raises:
       UserError: for an unknown or impossible setting, or a model without an LM head.
     """
-    known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
-             "length_penalty", "early_stopping", "cache_dtype", "cache_length")
+    known = (*SETTINGS, "cache_dtype", "cache_length")
     if unknown := [name for name in how if name not in known]:
         raise UserError(f"generate: unknown setting {unknown[0]!r}; there are {', '.join(known)}")
     _want_model(model)
     _want("tokenizer", tokenizer, Tokenizer | None, "what load_tokenizer gives")
-    _want("max_new_tokens", max_new_tokens, int, "a whole number")
     _want_seed(seed)
-    num_beams, length_penalty = how.pop("num_beams", 1), how.pop("length_penalty", 1.0)
-    early, cache_dtype = how.pop("early_stopping", False), how.pop("cache_dtype", None)
+    cache_dtype = how.pop("cache_dtype", None)
     room = Room(None if cache_dtype is None else _dtype(cache_dtype), how.pop("cache_length", None))
-    _want("num_beams", num_beams, int, "a whole number")
-    _want("length_penalty", length_penalty, int | float, "a number")
     _want("cache_length", room.length, int | None, "a whole number")
     _want("prompt", prompt, str | Sequence | Array, "a text, several, or token ids")
     texts: Any = [prompt] if isinstance(prompt, str) else prompt
@@ -175,43 +168,21 @@ def generate(model: Any, prompt: str | Sequence[Any] | Array,
         if tokenizer is None:
             raise UserError("generate: a text needs the tokenizer: generate(model, text, "
                             "tokenizer=glm_jax.load_tokenizer(folder))")
-        tokens, attention_mask = _left_padded(tokenizer.encode_batch(texts))
+        tokens, attention_mask = left_padded(tokenizer.encode_batch(texts))
     elif not isinstance(prompt, Array) and attention_mask is None:
         for row in texts:
             _want("each row of prompt", row, Sequence | Array, "a list of token ids")
             for number in row:
                 _want("a token id", number, int | np.integer, "a whole number")
-        tokens, attention_mask = _left_padded(texts)
+        tokens, attention_mask = left_padded(texts)
     ids = model.config.extra.get("eos_token_id") if eos_token_id is None else eos_token_id
-    ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
-    for number in ids:
-        _want("eos_token_id", number, int | np.integer, "a token id, or several")
-    common: dict[str, Any] = {
-        "attention_mask": attention_mask, "max_new_tokens": max_new_tokens, "stop_ids": ids,
-        "pad_id": model.config.pad_token_id or 0, "room": room}
-    settings = sampling(**how)
-    if num_beams == 1:
-        out: Generation = generate_tokens(model, tokens, how=settings, seed=seed, **common)
-    elif settings.temperature is not None:
-        raise UserError("generate: num_beams and a temperature don't go together")
-    else:
-        out, _ = beam_search(model, tokens, beams=Beams(
-            num_beams, length_penalty, early, settings.repetition_penalty), **common)
+    out, _ = run(model, tokens, attention_mask, how, seed, max_new_tokens=max_new_tokens,
+                 stop_ids=ids_of(ids), pad_id=model.config.pad_token_id or 0, room=room)
     if not is_text or tokenizer is None:
         return out
     found = [tokenizer.decode(row[:length].tolist())
              for row, length in zip(out.tokens, out.lengths, strict=True)]
     return found[0] if isinstance(prompt, str) else found
-
-
-def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(map(len, rows), default=0)
-    tokens = np.zeros((len(rows), longest), np.int32)
-    mask = np.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, longest - len(row):] = row
-        mask[i, longest - len(row):] = 1
-    return tokens, mask
 
 
 def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None = None, *,

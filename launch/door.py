@@ -143,6 +143,9 @@ def _guarded(main: Callable[[], None]) -> None:
             raise
         _leave(f"{error.filename or 'writing a file'}: {error.strerror}", 2)
     except Exception as error:
+        if type(error).__name__ == "JaxRuntimeError" and "out of memory" in str(error).lower():
+            _leave("a device has not enough memory for these lengths and this batch "
+                   f"({str(error).splitlines()[0].rpartition(': ')[2]})", 2)
         if type(error).__name__ != "Interrupted":
             raise
         _leave(str(error), 128 + error.signal)  # type: ignore[attr-defined]

@@ -218,33 +218,3 @@ def once(source: Source, shape: Shape, pad_id: int) -> Iterator[tuple[list[list[
     for rows in plan(source.lengths(0), shape, None):
         pieces = [[source.piece(i, 0) for i in row] for row in rows]
         yield rows, assemble(pieces, shape, pad_id)
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad_id: int,
-                blanks: Sequence[int] = (), start: int | None = None) -> Batch:
-    """Prompts as a batch whose rows all end together, as generation wants them.
-
-    Args:
-      rows: token ids, as a tokenizer frames them.
-      blanks: ids of the tokens that stand for what is generated (`[MASK]`, `[gMASK]`), and
-      start: the id that generation starts with (`<sop>`), of a version with two-dimensional
-        positions. What stands before `start` is a bidirectional prefix; from there on the first
-        stream stays at the first of `blanks` that the row has, and the second counts.
-    """
-    shape = (len(rows), max(map(len, rows), default=0))
-    tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
-    order = np.zeros(shape, np.int32)
-    positions = np.zeros((shape[0], 1 if start is None else 2, shape[1]), np.int32)
-    for i, row in enumerate(rows):
-        place, at = slice(shape[1] - len(row), None), np.arange(len(row))
-        tokens[i, place], segments[i, place], order[i, place] = row, 1, at
-        positions[i, 0, place] = at
-        if start is None:
-            continue
-        found = list(row)
-        prefix = found.index(start) if start in found else len(row)
-        inner = np.maximum(at - (prefix - 1), 0)
-        order[i, place] = positions[i, 1, place] = inner
-        blank = next((found.index(b) for b in blanks if b in found), prefix)
-        positions[i, 0, place] = np.where(inner > 0, blank, at)
-    return Batch(tokens, positions, segments, order)

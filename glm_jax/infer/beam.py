@@ -60,8 +60,12 @@ def beam_search(model: Any, tokens: Array, attention_mask: Array | None = None, 
 
     Args, Raises: as of `generate`.
     """
-    if beams.width < 1:
-        raise UserError(f"num_beams must be at least 1, not {beams.width}")
+    most = (2**31 - 1) // model.config.vocab_size  # what top_k can count
+    if type(beams.width) is not int or not 1 <= beams.width <= most:
+        raise UserError(f"num_beams must be at least 1, a whole number, and at most {most}, "
+                        f"not {beams.width!r}")
+    if isinstance(beams.length_penalty, bool) or not isinstance(beams.length_penalty, int | float):
+        raise UserError(f"length_penalty must be a number, not {beams.length_penalty!r}")
     if beams.early_stopping not in (True, False, "never"):
         raise UserError("early_stopping must be true, false or 'never', not "
                         f"{beams.early_stopping!r}")

@@ -1,7 +1,7 @@
 """Generation with a static key-value cache: a compiled prefill, and a compiled decoding loop."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,8 +144,9 @@ def make_prompt(model: Any, tokens: Array, attention_mask: Array | None, max_new
     """Checks what a user gave (see `generate`), and chooses the buckets."""
     if model.head != "lm":
         raise UserError(f"generation needs a language-model head; this model's is {model.head!r}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**30:
+        raise UserError("max_new_tokens must be at least 1, a whole number, and below 2**30, "
+                        f"not {max_new_tokens!r}")
     tokens, mask = check_tokens(model.config, tokens, attention_mask)
     longest = int(mask.sum(axis=1).max())
     width, size = bucket(longest), bucket(max_new_tokens)
@@ -160,6 +161,17 @@ def make_prompt(model: Any, tokens: Array, attention_mask: Array | None, max_new
     graphdef, state = nnx.split(apart(model))
     return Prompt(graphdef, state, rows, mask, room.length or width + size, size,
                   jnp.dtype(room.dtype or model.dtype))
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their mask `[batch, length]` int32, of rows that all end together."""
+    longest = max(map(len, rows), default=0)
+    tokens = np.zeros((len(rows), longest), np.int32)
+    mask = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, longest - len(row):] = row
+        mask[i, longest - len(row):] = 1
+    return tokens, mask
 
 
 def check_tokens(config: Any, tokens: Array, attention_mask: Array | None
@@ -220,8 +232,9 @@ def prefill(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, *, sl
             cache_dtype: Any = None) -> tuple[jax.Array, Cache]:
     """Runs left-padded prompts: the last position's logits `[batch, vocabulary]`, and the cache."""
     model = nnx.merge(graphdef, state)
+    lists = [part for part in vars(model).values() if isinstance(part, nnx.List)]
     cache = empty_cache(model.config, tokens.shape[0], slots, cache_dtype or model.dtype,
-                        apart=isinstance(model.layers, nnx.List))
+                        apart=bool(lists))
     hidden, cache = model(as_batch(model.config, tokens, mask), cache)
     return model.logits(hidden[:, -1]), cache
 

@@ -12,13 +12,13 @@ from glm_jax.data.chat import encode_chat
 from glm_jax.data.tokenizer import Tokenizer, check_belongs
 from glm_jax.errors import UserError
 from glm_jax.infer.beam import Beams, beam_search
-from glm_jax.infer.generate import ROOM, Room, generate, stream
-from glm_jax.infer.sampling import sampling
+from glm_jax.infer.generate import ROOM, Generation, Room, generate, left_padded, stream
+from glm_jax.infer.sampling import Sampling, sampling
+from glm_jax.nn.batch import Array
 
 _ENDS = ("<|user|>", "<|observation|>", "<|endofpiece|>")  # whoever speaks next ends an answer
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_BEAMS = ("num_beams", "length_penalty", "early_stopping")
-SETTINGS = (*_SAMPLING, *_BEAMS, "max_new_tokens")
+SETTINGS = (*_SAMPLING, "num_beams", "length_penalty", "early_stopping", "max_new_tokens")
 
 
 def settings(folder: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,31 @@ def settings(folder: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def ids_of(value: Any) -> list[int]:
     """An `eos_token_id` as a list: it may be none, one, or several."""
-    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    for number in ids:
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
+            raise UserError(f"eos_token_id must be a token id, or several, not {number!r}")
+    return ids
+
+
+def chosen_by(how: Mapping[str, Any]) -> Sampling | Beams:
+    """How tokens are chosen by these SETTINGS. Raises UserError for impossible ones."""
+    found = sampling(**{name: how[name] for name in _SAMPLING if name in how})
+    if how.get("num_beams", 1) == 1:
+        return found
+    if found.temperature is not None:
+        raise UserError("num_beams and a temperature don't go together: give temperature 0")
+    return Beams(how["num_beams"], how.get("length_penalty", 1.0),
+                 how.get("early_stopping", False), found.repetition_penalty)
+
+
+def run(model: Any, tokens: Array, attention_mask: Array | None, how: Mapping[str, Any],
+        seed: int = 0, **arguments: Any) -> tuple[Generation, np.ndarray | None]:
+    """`beam_search` or `generate`, as SETTINGS say; only the first gives scores."""
+    found = chosen_by(how)
+    if isinstance(found, Beams):
+        return beam_search(model, tokens, attention_mask, beams=found, **arguments)
+    return generate(model, tokens, attention_mask, how=found, seed=seed, **arguments), None
 
 
 def completion(tokenizer: Tokenizer, config: Any, text: str) -> list[int]:
@@ -107,52 +131,34 @@ class Speaker:
         """
         if isinstance(prompt, str):
             if not (self.chats if chat is None else chat):
+                if tools:
+                    raise UserError("tools: a text to go on with has none; give messages, or chat")
                 return completion(self.tokenizer, self.model.config, prompt)
             prompt = [{"role": "user", "content": prompt}]
         return encode_chat(self.tokenizer, prompt, tools, add_generation_prompt=True)[0]
 
     def _arguments(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        longest = max(map(len, rows))
-        tokens = np.array([[0] * (longest - len(row)) + list(row) for row in rows], np.int32)
-        mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows], np.int32)
+        tokens, mask = left_padded(rows)
         return {"tokens": tokens, "attention_mask": mask, "stop_ids": self.stop_ids,
-                "max_new_tokens": self.how.get("max_new_tokens", 128),
+                "max_new_tokens": self.how.get("max_new_tokens", 128), "seed": self.seed,
                 "pad_id": self.model.config.pad_token_id or 0, "room": self.room}
-
-    @property
-    def beams(self) -> Beams | None:
-        """How beams are searched; None without."""
-        how = self.how
-        if how.get("num_beams", 1) == 1:
-            return None
-        if how.get("temperature"):
-            raise UserError("num_beams and a temperature don't go together: give --temperature=0")
-        return Beams(how["num_beams"], how.get("length_penalty", 1.0),
-                     how.get("early_stopping", False), self._sampling().repetition_penalty)
-
-    def _sampling(self) -> Any:
-        return sampling(**{name: self.how[name] for name in _SAMPLING if name in self.how})
 
     def answers(self, rows: Sequence[Sequence[int]]) -> list[tuple[list[int], float | None]]:
         """The ids of the answers to rows of ids, and with beams their scores."""
-        if self.beams:
-            out, scores = beam_search(self.model, beams=self.beams, **self._arguments(rows))
-            found: Sequence[float | None] = scores.tolist()
-        else:
-            out = generate(self.model, how=self._sampling(), seed=self.seed,
-                           **self._arguments(rows))
-            found = [None] * len(rows)
+        out, scores = run(self.model, how=self.how, **self._arguments(rows))
+        found = [None] * len(rows) if scores is None else scores.tolist()
         return [(row[:length].tolist(), score)
                 for row, length, score in zip(out.tokens, out.lengths, found, strict=True)]
 
     def stream(self, row: Sequence[int]) -> Iterator[str]:
         """The answer to a row of ids, piece by piece as it comes; with beams as a whole."""
-        if self.beams:
+        how = chosen_by(self.how)
+        if isinstance(how, Beams):
             yield self.tokenizer.decode(self.answers([row])[0][0])
             return
         yield from whole_characters(self.tokenizer, (
             out.tokens[0, :out.lengths[0]].tolist() for out in stream(
-                self.model, how=self._sampling(), seed=self.seed, **self._arguments([row]))))
+                self.model, how=how, **self._arguments([row]))))
 
 
 def whole_characters(tokenizer: Tokenizer, growing: Iterator[Sequence[int]]) -> Iterator[str]:

@@ -12,8 +12,10 @@ from safetensors.numpy import load_file, save_file
 from glm_jax.adapters import partition
 from glm_jax.adapters.lora import LoRAConfig, attach, merged
 from glm_jax.adapters.peft import adapter_tensors, inspect_adapter, load_adapter, save_adapter
+from glm_jax.adapters.targets import groups, linears
 from glm_jax.convert.hf import flat, save_model, tensors
 from glm_jax.errors import UserError
+from glm_jax.models import as_batch
 from glm_jax.nn.batch import causal_batch
 
 CHATGLM = {"model_type": "chatglm", "padded_vocab_size": 96, "hidden_size": 32,
@@ -175,3 +177,33 @@ def test_peft_loads_an_adapter_of_a_mixture(make, shake, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(logits(model), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_its_gradients_are_those_of_the_matrices_that_it_changes(name, tiny, shake):
+    """dA = s sum(G B^T) over the group and dB = s A^T G, with the gradient G of a merged kernel."""
+    model = nnx.merge(*nnx.split(tiny(**RELEASED[name])), copy=True)
+    attach(model, LoRAConfig(r=3, lora_alpha=6, target_modules=("query_key_value",)))
+    shake(model)
+    tokens = np.random.default_rng(1).integers(10, 60, (2, 6))
+
+    def loss(state, graphdef):
+        model = nnx.merge(graphdef, state)
+        return jnp.mean(jnp.sin(model.logits(model(as_batch(model.config, tokens))[0])))
+
+    def gradients(model):
+        graphdef, state = nnx.split(model)
+        return linears(nnx.merge(graphdef, jax.jit(jax.grad(loss), static_argnums=1)(
+            state, graphdef)))
+    ours, whole, layers = gradients(model), gradients(merged(model)), linears(model)
+    group, = (paths for paths in groups(model, ("query_key_value",)))
+    total = 0
+    for path in group:
+        a, b = (p.get_value() for p in (layers[path].adapter.lora_a, layers[path].adapter.lora_b))
+        g = whole[path].kernel.get_value()
+        wanted = 2 * np.swapaxes(a, 1, 2) @ g
+        np.testing.assert_allclose(ours[path].adapter.lora_b.get_value(), wanted, rtol=1e-3,
+                                   atol=1e-5 * np.abs(wanted).max())
+        total += 2 * g @ np.swapaxes(b, 1, 2)
+    np.testing.assert_allclose(ours[group[0]].adapter.lora_a.get_value(), total, rtol=1e-3,
+                               atol=1e-5 * np.abs(total).max())

@@ -5,17 +5,14 @@ import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.data.bpe import GLM4_WORDS
-from glm_jax.data.packing import left_padded
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
-from glm_jax.nn.batch import visible
 from tests.data.versions import TEXTS, VERSIONS, files, ranks_file, sentencepiece_file, tokenizer
 
 SPECIAL = sorted({name for version in VERSIONS for name in tokenizer(version).special})
@@ -103,24 +100,6 @@ def test_ids_that_stand_for_nothing_decode_to_nothing():
     for version in ("chatglm1", "chatglm3"):
         ours = tokenizer(version)
         assert ours.decode([*ours.encode("你好"), ours.vocab_size + 9]) == "你好"
-
-
-def test_left_padding_and_two_dimensional_positions():
-    ours = tokenizer("chatglm1")
-    blanks = [ours.token_id(name) for name in ("[MASK]", "[gMASK]")]
-    start = ours.token_id("<sop>")
-    rows = [[40, 41, blanks[1], start, 42], [40, blanks[0], 41, start]]
-    batch = left_padded(rows, ours.pad_id, blanks, start)
-    assert batch.tokens[1].tolist() == [3, 40, blanks[0], 41, start]
-    assert batch.positions.tolist() == [[[0, 1, 2, 2, 2], [0, 0, 0, 1, 2]],
-                                        [[0, 0, 1, 2, 1], [0, 0, 0, 0, 1]]]
-    seen = visible(batch.segments, batch.order, batch.segments, batch.order)
-    np.testing.assert_array_equal(seen[1], [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0],
-                                            [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
-    plain = left_padded([[5, 6, 7], [8]], 0)
-    assert plain.tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert plain.positions.tolist() == [[[0, 1, 2]], [[0, 0, 0]]]
-    assert plain.segments.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def by_ranks(text, content):

@@ -203,6 +203,14 @@ def test_layers_apart_compute_the_same_in_the_same_memory(tiny, fields):
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_in_no_layer(tiny):
+    """A glm4_moe may have as many dense layers as it has layers: there is no other stack then."""
+    model = tiny(model_type="glm4_moe", first_k_dense_replace=2, num_hidden_layers=2,
+                 num_key_value_heads=2, head_dim=8, intermediate_size=48)
+    out = generate(model, TOKENS[:1], max_new_tokens=3)
+    assert recomputed(model, TOKENS[0], 3) == out.tokens[0].tolist()
+
+
 def test_on_a_mesh(tiny):
     spread = tiny(mesh=make_mesh({"fsdp": 4, "tensor": 2}))
     tokens = np.concatenate((TOKENS, TOKENS[:1]))
@@ -227,6 +235,7 @@ def test_buckets_are_few_and_near():
     ({"tokens": [[1], [2]], "attention_mask": [[1], [0]]}, "row 1 of tokens is empty"),
     ({"tokens": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \[1, 1\]"),
     ({"tokens": [[1]], "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ({"tokens": [[1]], "max_new_tokens": "5"}, "max_new_tokens must be at least 1, a whole number"),
 ])
 def test_bad_arguments_are_named(tiny, arguments, message):
     with pytest.raises(UserError, match=message):

@@ -50,6 +50,8 @@ def test_a_prompt_is_a_text_or_a_question(speaker):
     assert speaker().encode([{"role": "user", "content": "房间"}]) == asked
     with pytest.raises(UserError, match="message 1, role"):
         speaker().encode([{"role": "nobody", "content": ""}])
+    with pytest.raises(UserError, match="tools: a text to go on with has none"):
+        speaker().encode("房间", tools=[{"name": "f"}])
 
 
 def test_a_blank_of_glm_2021_is_that_of_the_text_or_one_behind_it():
@@ -94,6 +96,20 @@ def test_beams_give_scores_and_refuse_a_temperature(speaker):
     assert greedy[1] is None
     with pytest.raises(UserError, match="don't go together"):
         speaker(num_beams=3, temperature=0.5).answers([row])
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"num_beams": "4"}, "num_beams must be"), ({"num_beams": 2.0}, "num_beams must be"),
+    ({"num_beams": 2, "length_penalty": "x"}, "length_penalty must be"),
+    ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping must be"),
+    ({"num_beams": 2, "top_p": 7}, "top_p must be"), ({"temperature": "hot"}, "temperature must"),
+    ({"max_new_tokens": "many"}, "max_new_tokens must be"),
+    ({"eos_token_id": "<eos>"}, "eos_token_id must be a token id"),
+    ({"eos_token_id": [1, None]}, "eos_token_id must be a token id")])
+def test_what_a_file_says_wrongly_is_one_message(speaker, how, message):
+    for ask in (lambda one: one.answers([[1, 2]]), lambda one: list(one.stream([1, 2]))):
+        with pytest.raises(UserError, match=message):
+            ask(speaker(**how))
 
 
 def test_rows_of_several_lengths_answer_as_alone(speaker):

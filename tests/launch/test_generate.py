@@ -56,6 +56,8 @@ def test_what_it_refuses(refused, base, tmp_path):
     assert "top_p must be above 0" in said("--top_p=2", "a")
     assert "num_beams and a temperature" in said("--num_beams=2", "--temperature=1", "a")
     assert "don't fit into a cache of length 6" in said("--cache_length=6", "a")
+    assert "not enough memory" in said(f"--cache_length={2 * 10**14}", "a")
+    assert "max_new_tokens must be at least 1" in said(f"--max_new_tokens={3 * 10**9}", "a")
     assert f"{tmp_path / 'n'}" in said(f"--adapter={tmp_path / 'n'}", "a")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.nn.batch import causal_batch, visible
+from glm_jax.nn.batch import blank_batch, causal_batch, visible
 
 # A text: how many tokens of it see each other both ways, and how many causal ones follow.
 texts = st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(any)
@@ -65,3 +65,14 @@ def test_given_positions_and_segments_stay():
                          segments=np.array([[1, 1, 2]]))
     np.testing.assert_array_equal(batch.positions[:, 0], [[5, 7, 1]])
     np.testing.assert_array_equal(batch.segments, [[1, 1, 2]])
+
+
+def test_what_fills_a_blank_sees_the_context_and_stands_at_the_blank():
+    pad, mask, gmask, start = 3, 7, 8, 9
+    tokens = np.array([[40, 41, gmask, start, 42], [pad, 40, mask, 41, start]])
+    batch = blank_batch(tokens, tokens != pad, start, [(gmask,), (mask,)], unstarted=True)
+    assert batch.positions.tolist() == [[[0, 1, 2, 2, 2], [0, 0, 0, 1, 2]],
+                                        [[0, 0, 1, 2, 1], [0, 0, 0, 0, 1]]]
+    seen = visible(batch.segments, batch.order, batch.segments, batch.order)
+    np.testing.assert_array_equal(seen[1], [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0],
+                                            [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
