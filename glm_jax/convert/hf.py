@@ -193,10 +193,14 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     faults: list[str] = []
     random: set[str] = set()
     for row in tables[head]:
+        stack = (abstract[row.paths[0]].get_value().shape if row.paths
+                 else (config.num_hidden_layers,))[:row.stacked]
+        if math.prod(stack) > len(released.shapes) + 10:  # whatever a config claims: none is listed
+            raise UserError(f"{released.folder}: the weights do not fit config.json: it wants "
+                            f"{math.prod(stack)} {row.name}, but there are only "
+                            f"{len(released.shapes)} tensors")
         if not row.read:
-            layers = (abstract[row.paths[0]].get_value().shape if row.paths
-                      else (config.num_hidden_layers,))
-            expected.update(name for _, name in row.names(layers))
+            expected.update(name for _, name in row.names(stack))
             continue
         for name, shape in tensor_shapes(row, abstract):
             expected.add(name)
@@ -208,6 +212,8 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
             elif released.shapes[name] != shape:
                 faults.append(f"wrong shape: {name} is {list(released.shapes[name])}, "
                               f"the config wants {list(shape)}")
+            elif released.dtypes[name].kind not in "fV":  # V: bfloat16 and float8
+                faults.append(f"no floating-point numbers: {name} is {released.dtypes[name]}")
     ignored = architecture.ignored(config)
     faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
                if name not in expected and not re.fullmatch(ignored, name)]

@@ -152,14 +152,14 @@ def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype:
     out = []
     for row in table:
         if row.constant is not None:
-            array = row.constant(main) if callable(row.constant) else row.constant
+            array = row.constant(main)
             out += [Tensor(name, array.shape, array.dtype, functools.partial(np.asarray, array))
                     for _, name in row.names((layers,))]
             continue
         parts = [parameters[path] for path in row.paths if path in parameters]
         for place, name in row.names(parts[0].shape if parts else (0,) * row.stacked):
             kind = _common(part.dtype(place) for part in parts)
-            kind = np.dtype(np.float32 if row.exact else dtype or kind)
+            kind = np.dtype((np.float32 if row.exact else dtype) if dtype else kind)
             out.append(Tensor(name, row.tensor([part.shape for part in parts]), kind,
                               functools.partial(_make, row, parts, place, kind)))
     return out

@@ -245,11 +245,11 @@ class Dequantised:
     """
 
     def __init__(self, released: Released, bits: int):
-        self.folder, self._released, self._columns = released.folder, released, 8 // (bits or 8)
-        shapes = released.shapes
         if bits not in (4, 8):
             raise UserError(f"{released.folder / 'config.json'}: quantization_bit={bits!r} is not "
                             "supported; supported: 4, 8")
+        self.folder, self._released, self._columns = released.folder, released, 8 // bits
+        shapes = released.shapes
         self._scaled = {name for name, shape in shapes.items()
                         if len(shape) == 2 and shapes.get(f"{name}_scale") == shape[:1]}
         if not self._scaled:

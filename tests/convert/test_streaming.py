@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from glm_jax.convert import hf, written
 from glm_jax.convert.hf import conversion, flat, load_model, open_folder, save_model, stored
@@ -72,6 +72,19 @@ def test_chatglm_as_glm_and_back(chatglm, tmp_path):
     conversion(tmp_path / "glm", "chatglm").write(tmp_path / "back")
     assert read(tmp_path / "back") == read(chatglm)
     assert different(chatglm, tmp_path / "glm") == ""
+
+
+def test_a_correction_bias_keeps_the_dtype_of_its_file(tiny, tmp_path):
+    save_model(tiny(**FAMILY["glm4_moe"]), tmp_path / "in", dtype=np.float16)
+    path = tmp_path / "in/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert tensors[name].dtype == np.float32
+    save_file(tensors | {name: tensors[name].astype(np.float16)}, path, {"format": "pt"})
+    conversion(tmp_path / "in").write(tmp_path / "out")
+    assert read(tmp_path / "out") == read(tmp_path / "in")
+    conversion(tmp_path / "in", dtype=jnp.bfloat16).write(tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")[name].dtype == np.float32
 
 
 def test_a_difference_is_named(chatglm, tmp_path):
