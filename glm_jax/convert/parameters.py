@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from glm_jax.convert.released import Index
 from glm_jax.convert.written import Tensor
@@ -137,7 +138,10 @@ class Held:
         return self._array.dtype
 
     def at(self, place: tuple[int, ...]) -> np.ndarray:
-        return np.asarray(self._array[place] if place else self._array)
+        array = self._array[place] if place else self._array
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
