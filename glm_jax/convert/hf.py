@@ -24,6 +24,7 @@ from glm_jax.convert.parameters import (
     Held,
     Source,
     Stored,
+    cast,
     flat,
     planned,
     readers,
@@ -101,6 +102,9 @@ def open_folder(folder: str | Path, head: str | None = None, **overrides: Any) -
                         + (f"; is {near[0]!r} meant?" if near else ""))
     if "num_labels" in overrides:  # the file's names are of other classes
         raw.pop("id2label", None)
+    if raw.get("quantization_config"):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is not supported, only "
+                        "THUDM's quantization_bit: take the folder that is not quantised")
     bits = raw.pop("quantization_bit", None) or 0
     config = architecture.config.from_dict({**raw, **overrides})
     named, released = head_of(raw, architecture), Released(folder)
@@ -244,7 +248,7 @@ def _sharded(stored: Stored, where: jax.sharding.Sharding, dtype: Any) -> jax.Ar
             if key not in parts:
                 (start, stop), *rest = key
                 own = ((first + start, first + stop), *rest)
-                parts[key] = stored(tuple(slice(*s) for s in own)).astype(dtype, copy=False)
+                parts[key] = cast(stored(tuple(slice(*s) for s in own)), dtype, min(stored.names))
             return parts[key]
 
         some = (min(count, shape[0] - first), *shape[1:])

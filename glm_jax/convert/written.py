@@ -21,7 +21,8 @@ from glm_jax.errors import UserError
 # The files of a checkpoint folder: weights, configs, tokenizer, model card.
 _CHECKPOINT = re.compile(
     r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
-    r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
+    r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*glm\.py"
+    r"|quantization\.py")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -166,7 +166,12 @@ def test_a_shard_that_is_a_link_and_files_to_copy(folder, tmp_path):
     secret.write_text("{}")
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "notes.txt").write_text("not of a checkpoint")
-    assert list(other_files(folder)) == ["tokenizer_config.json"]
+    # Loading remote code, transformers wants every module that one of them imports.
+    code = ["configuration_chatglm.py", "modeling_glm.py", "quantization.py"]
+    for name in (*code, "model.py"):
+        (folder / name).write_text("")
+    assert list(other_files(folder)) == [*code, "tokenizer_config.json"]
+    assert list(other_files(folder, code=False)) == ["tokenizer_config.json"]
     (folder / "tokenizer.json").symlink_to(secret)
     with pytest.raises(UserError, match="lies outside the folder"):
         other_files(folder)
@@ -261,6 +266,17 @@ def test_a_shard_of_another_model(tiny, tmp_path):
         conversion(tmp_path / "model")
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_shard_that_no_index_names_is_told_of(tiny, tmp_path, caplog, shards):
+    save_model(tiny(), tmp_path / "model", max_shard_bytes=10**6 if shards == 1 else 40000)
+    some = min((tmp_path / "model").glob("*.safetensors"))
+    (tmp_path / "model/model-00009-of-00009.safetensors").write_bytes(some.read_bytes())
+    with caplog.at_level(logging.WARNING):
+        conversion(tmp_path / "model")
+    (record,) = caplog.records
+    assert "model-00009-of-00009.safetensors is not read" in record.getMessage()
+
+
 @pytest.mark.parametrize(("fields", "what"), [
     ({"model_type": "llama"}, "'llama' with these fields is not supported; supported: glm, glm4"),
     ({"model_type": None}, "is not supported"),
@@ -269,6 +285,7 @@ def test_a_shard_of_another_model(tiny, tmp_path):
     ({"rope_scaling": 3}, "rope_scaling must be a table, not 3"),
     ({"quantization_bit": 3}, "quantization_bit=3 is not supported"),
     ({"quantization_bit": "8"}, "quantization_bit='8' is not supported; supported: 4, 8"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
     ({"hidden_size": 64}, "wrong shape: model.embed_tokens.weight"),
     ({"hidden_size": -1}, "hidden_size must be 0 or more, not -1"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be 0 or more, not nan"),

@@ -153,6 +153,9 @@ def only(tensors):
     (lambda path: torch.save(only({"b": Evil()}), path), "damaged, or not only tensors"),
     (lambda path: torch.save(only({"b": 3}), path), "damaged, or not only tensors"),
     (lambda path: torch.save([torch.zeros(2)], path), "damaged, or not only tensors"),
+    (lambda path: torch.save(only({1: torch.zeros(2)}), path), "a name that is no text"),
+    (lambda path: torch.save(only({"b": torch.zeros(1).expand(10**11)}), path),  # of 400 GB
+     "a tensor that is larger than what the file stores of it"),
 ])
 def test_a_pickled_file_that_is_no_table_of_tensors(tmp_path, write, what, capsys):
     write(tmp_path / "pytorch_model.bin")

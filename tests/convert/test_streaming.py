@@ -121,6 +121,21 @@ def test_the_memory_is_a_few_tensors_whatever_the_number_of_layers(tiny, tmp_pat
     assert largest < peak < 4 * largest
 
 
+@pytest.mark.parametrize("reader", [
+    lambda folder: conversion(folder, dtype=np.float16).write(folder.parent / "out"),
+    lambda folder: load_model(folder, dtype=jnp.float16)])
+def test_a_number_too_large_for_the_dtype_is_refused(tiny, tmp_path, reader):
+    save_model(tiny(), tmp_path / "in")
+    path, name = tmp_path / "in/model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(path)
+    tensors[name][2, 3] = -70000
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"down_proj.weight: 7e\+04 is too large for float16; take"):
+        reader(tmp_path / "in")
+    assert not (tmp_path / "out").exists()
+    load_model(tmp_path / "in", dtype=jnp.bfloat16)
+
+
 # --- sharded import -------------------------------------------------------------------------------
 
 class Counting:
