@@ -264,7 +264,7 @@ class Decoder(nnx.Module):
 
         A metric: equal numbers are a balanced load. None for a model without experts.
         """
-        return self._run(batch, None, None, loads=True)[2]
+        return None if self.config.dense is None else self._run(batch, None, None, loads=True)[2]
 
     def _run(self, batch: Batch, cache: Cache | None, key: jax.Array | None, loads: bool = False
              ) -> tuple[jax.Array, Cache | None, Any]:
