@@ -140,9 +140,9 @@ class Held:
 
     def at(self, place: tuple[int, ...]) -> np.ndarray:
         array = self._array[place] if place else self._array
-        if array.is_fully_addressable:
-            return np.asarray(array)
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        if not getattr(array, "is_fully_addressable", True):  # NumPy's are
+            array = multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
 
 
 def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
