@@ -24,6 +24,7 @@ from glm_jax.convert.parameters import (
     Held,
     Source,
     Stored,
+    cast,
     flat,
     planned,
     readers,
@@ -101,6 +102,9 @@ def open_folder(folder: str | Path, head: str | None = None, **overrides: Any) -
                         + (f"; is {near[0]!r} meant?" if near else ""))
     if "num_labels" in overrides:  # the file's names are of other classes
         raw.pop("id2label", None)
+    if raw.get("quantization_config"):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is not supported, only "
+                        "THUDM's quantization_bit: take the folder that is not quantised")
     bits = raw.pop("quantization_bit", None) or 0
     config = architecture.config.from_dict({**raw, **overrides})
     named, released = head_of(raw, architecture), Released(folder)
@@ -193,10 +197,14 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     faults: list[str] = []
     random: set[str] = set()
     for row in tables[head]:
+        stack = (abstract[row.paths[0]].get_value().shape if row.paths
+                 else (config.num_hidden_layers,))[:row.stacked]
+        if math.prod(stack) > len(released.shapes) + 10:  # whatever a config claims: none is listed
+            raise UserError(f"{released.folder}: the weights do not fit config.json: it wants "
+                            f"{math.prod(stack)} {row.name}, but there are only "
+                            f"{len(released.shapes)} tensors")
         if not row.read:
-            layers = (abstract[row.paths[0]].get_value().shape if row.paths
-                      else (config.num_hidden_layers,))
-            expected.update(name for _, name in row.names(layers))
+            expected.update(name for _, name in row.names(stack))
             continue
         for name, shape in tensor_shapes(row, abstract):
             expected.add(name)
@@ -208,6 +216,8 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
             elif released.shapes[name] != shape:
                 faults.append(f"wrong shape: {name} is {list(released.shapes[name])}, "
                               f"the config wants {list(shape)}")
+            elif released.dtypes[name].kind not in "fV":  # V: bfloat16 and float8
+                faults.append(f"no floating-point numbers: {name} is {released.dtypes[name]}")
     ignored = architecture.ignored(config)
     faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
                if name not in expected and not re.fullmatch(ignored, name)]
@@ -238,7 +248,7 @@ def _sharded(stored: Stored, where: jax.sharding.Sharding, dtype: Any) -> jax.Ar
             if key not in parts:
                 (start, stop), *rest = key
                 own = ((first + start, first + stop), *rest)
-                parts[key] = stored(tuple(slice(*s) for s in own)).astype(dtype, copy=False)
+                parts[key] = cast(stored(tuple(slice(*s) for s in own)), dtype, min(stored.names))
             return parts[key]
 
         some = (min(count, shape[0] - first), *shape[1:])

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
-from glm_jax.convert.released import Index
+from glm_jax.convert.released import Index, all_finite
 from glm_jax.convert.written import Tensor
+from glm_jax.errors import UserError
 from glm_jax.models.weights import Weight
 
 
@@ -137,7 +139,10 @@ class Held:
         return self._array.dtype
 
     def at(self, place: tuple[int, ...]) -> np.ndarray:
-        return np.asarray(self._array[place] if place else self._array)
+        array = self._array[place] if place else self._array
+        if not getattr(array, "is_fully_addressable", True):  # NumPy's are
+            array = multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
 
 
 def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
@@ -152,22 +157,36 @@ def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype:
     out = []
     for row in table:
         if row.constant is not None:
-            array = row.constant(main) if callable(row.constant) else row.constant
+            array = row.constant(main)
             out += [Tensor(name, array.shape, array.dtype, functools.partial(np.asarray, array))
                     for _, name in row.names((layers,))]
             continue
         parts = [parameters[path] for path in row.paths if path in parameters]
         for place, name in row.names(parts[0].shape if parts else (0,) * row.stacked):
             kind = _common(part.dtype(place) for part in parts)
-            kind = np.dtype(np.float32 if row.exact else dtype or kind)
+            kind = np.dtype((np.float32 if row.exact else dtype) if dtype else kind)
             out.append(Tensor(name, row.tensor([part.shape for part in parts]), kind,
-                              functools.partial(_make, row, parts, place, kind)))
+                              functools.partial(_make, row, parts, place, kind, name)))
     return out
 
 
-def _make(row: Weight, parts: Sequence[Parameter], place: tuple[int, ...], dtype: np.dtype
-          ) -> np.ndarray:
-    return row.join([part.at(place) for part in parts]).astype(dtype, copy=False)
+def _make(row: Weight, parts: Sequence[Parameter], place: tuple[int, ...], dtype: np.dtype,
+          name: str) -> np.ndarray:
+    return cast(row.join([part.at(place) for part in parts]), dtype, name)
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """`array` in another dtype, itself where it has it.
+
+    Raises:
+      UserError: where a number becomes infinite by it.
+    """
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype, copy=False)
+    if out is not array and not all_finite(out) and all_finite(array):
+        raise UserError(f"{name}: {np.abs(array).max():.3g} is too large for {out.dtype}; take "
+                        "bfloat16 or float32")
+    return out
 
 
 def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]

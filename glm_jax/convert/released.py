@@ -99,6 +99,7 @@ class Released:
             raise UserError(f"{folder}: no weights: neither {' nor '.join(singles)} is there")
         if not found.endswith(".index.json"):
             self._open(found, None, found)
+            self._warn_of_others(found)
             return
         index = read_json(inside(folder, found)).get("weight_map")
         if (not isinstance(index, dict) or not index
@@ -106,6 +107,14 @@ class Released:
             raise UserError(f"{folder / found}: weight_map is not a table of tensors and files")
         for shard in dict.fromkeys(index.values()):
             self._open(shard, {name for name, s in index.items() if s == shard}, found)
+        self._warn_of_others(found)
+
+    def _warn_of_others(self, found: str) -> None:
+        stem, kind = found.split(".")[:2]
+        others = {path.name for path in self.folder.glob(f"{stem}-*-of-*.{kind}")}
+        if others := others - {path.name for path in self.files()}:
+            logging.warning("%s: %s is not read: %s is, which does not name it", self.folder,
+                            min(others), found)
 
     def _open(self, shard: str, expected: set[str] | None, index: str) -> None:
         path = inside(self.folder, shard)
@@ -225,6 +234,11 @@ def _pickled(path: Path) -> tuple[Shapes, dict[str, np.dtype], Read]:
 
     tensors = load()
     try:
+        if not all(isinstance(name, str) for name in tensors):
+            raise ValueError("a name that is no text")
+        if any(tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+               for tensor in tensors.values()):
+            raise ValueError("a tensor that is larger than what the file stores of it")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         dtypes = {name: array(tensor.detach()[:0] if tensor.ndim else tensor.detach()).dtype
                   for name, tensor in tensors.items()}
@@ -245,11 +259,11 @@ class Dequantised:
     """
 
     def __init__(self, released: Released, bits: int):
-        self.folder, self._released, self._columns = released.folder, released, 8 // (bits or 8)
-        shapes = released.shapes
         if bits not in (4, 8):
             raise UserError(f"{released.folder / 'config.json'}: quantization_bit={bits!r} is not "
                             "supported; supported: 4, 8")
+        self.folder, self._released, self._columns = released.folder, released, 8 // bits
+        shapes = released.shapes
         self._scaled = {name for name, shape in shapes.items()
                         if len(shape) == 2 and shapes.get(f"{name}_scale") == shape[:1]}
         if not self._scaled:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from glm_jax.convert.released import DTYPES, INDEX, SINGLE, inside
 from glm_jax.errors import UserError
@@ -18,7 +21,8 @@ from glm_jax.errors import UserError
 # The files of a checkpoint folder: weights, configs, tokenizer, model card.
 _CHECKPOINT = re.compile(
     r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
-    r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*chatglm\.py")
+    r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*glm\.py"
+    r"|quantization\.py")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -77,6 +81,8 @@ def write_safetensors(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: 
                       wrote: Callable[[Tensor], None] = lambda tensor: None) -> None:
     """Makes and writes tensors one at a time, with the index when there are several shards.
 
+    Of several processes all make them, the first one writes.
+
     Args:
       max_shard_bytes: of a shard's tensors; a larger tensor has a shard of its own.
       wrote: called behind each.
@@ -84,15 +90,17 @@ def write_safetensors(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: 
     Raises:
       UserError: where the disk has less room than they need, before anything is written.
     """
+    first, error = jax.process_index() == 0, None
     total, free = sum(tensor.bytes for tensor in tensors), shutil.disk_usage(folder).free
-    if total > free:
-        raise UserError(f"{folder.parent}: the tensors are {total / 1e9:.2f} GB, but only "
-                        f"{free / 1e9:.2f} GB are free there")
+    if first and total > free:
+        error = UserError(f"{folder.parent}: the tensors are {total / 1e9:.2f} GB, but only "
+                          f"{free / 1e9:.2f} GB are free there")
+    _all_raise(error)
     shards = in_shards(tensors, max_shard_bytes)
     names = ([SINGLE] if len(shards) == 1 else
              [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))])
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, wrote)
+        _write_shard(folder / name if first else Path(os.devnull), shard, wrote)
     if len(shards) > 1:
         weight_map = {t.name: name for name, shard in zip(names, shards, strict=True)
                       for t in shard}
@@ -125,19 +133,24 @@ def _write_shard(path: Path, shard: Sequence[Tensor], wrote: Callable[[Tensor], 
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well.
 
+    Of several processes, which all come here, the first one's does; the others' are let go.
+
     Raises:
       UserError: when nothing can be written there, the disk is full for one; or when `folder`
         holds anything else than files of a checkpoint, which would be lost.
     """
-    if foreign := _foreign(folder):
-        raise UserError(f"{folder}: is there already and is more than a checkpoint folder "
-                        f"({foreign}); name another, or remove it first")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        partial.chmod(0o755)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror}") from None
+    partial, error = Path(), None
+    if jax.process_index() == 0:
+        try:
+            partial = _beside(folder)
+        except UserError as refused:
+            error = refused
+    _all_raise(error)
+    if jax.process_index() > 0:
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+        multihost_utils.sync_global_devices("whole_folder")
+        return
     try:
         yield partial
         if folder.exists():  # moved aside first: one of the two is whole at every moment
@@ -154,6 +167,30 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: can't be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("whole_folder")
+
+
+def _beside(folder: Path) -> Path:
+    """A new folder beside `folder`, which holds nothing that would be lost."""
+    if foreign := _foreign(folder):
+        raise UserError(f"{folder}: is there already and is more than a checkpoint folder "
+                        f"({foreign}); name another, or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror}") from None
+    return partial
+
+
+def _all_raise(error: UserError | None) -> None:
+    """Raises in every process what the first one found wrong: none waits for the others."""
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(error is not None):
+        error = error or UserError("the first process can't write; its message says why")
+    if error is not None:
+        raise error
 
 
 def _foreign(folder: Path) -> str:

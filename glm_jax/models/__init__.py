@@ -48,12 +48,12 @@ REGISTRY = (
         "glm", lambda c: c.get("model_type") == "glm" and "num_hidden_layers" in c,
         glm.GlmConfig, Decoder, glm.weights,
         {"lm": "GlmForCausalLM", "sequence": "GlmForSequenceClassification",
-         "token": "GlmForTokenClassification"}),
+         "token": "GlmForTokenClassification"}, glm.ignored),
     Architecture(
         "glm4", lambda c: c.get("model_type") == "glm4",
         glm4.Glm4Config, Decoder, glm.weights,
         {"lm": "Glm4ForCausalLM", "sequence": "Glm4ForSequenceClassification",
-         "token": "Glm4ForTokenClassification"}),
+         "token": "Glm4ForTokenClassification"}, glm.ignored),
     Architecture(
         "glm4_moe", lambda c: c.get("model_type") == "glm4_moe",
         glm4_moe.Glm4MoeConfig, Decoder, glm4_moe.weights, {"lm": "Glm4MoeForCausalLM"},
@@ -98,6 +98,8 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
 def head_of(config: Mapping[str, Any], architecture: Architecture) -> str:
     """The head that the `architectures` field of a `config.json` names; else the usual one."""
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise UserError(f"config.json: architectures must be a list of class names, not {names!r}")
     usual = next(iter(architecture.classes), "lm")
     return next((h for h, name in architecture.classes.items() if name in names), usual)
 

@@ -174,7 +174,7 @@ def weights(config: ChatGLM6BConfig, head: str) -> list[Weight]:
     """The released names of every parameter of `ChatGLM6B(config, head)`."""
     rows = [Weight("transformer.word_embeddings.weight", "embed_tokens.embedding"),
             Weight("transformer.layers.{}.attention.rotary_emb.inv_freq", (),
-                   constant=inverse_frequencies(config)),
+                   constant=lambda _: inverse_frequencies(config)),
             *transformer(heads=config.num_attention_heads)]
     if head == "lm":
         return [*rows, Weight("lm_head.weight", "embed_tokens.embedding", copy=True)]

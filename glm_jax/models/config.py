@@ -1,12 +1,15 @@
 """Config dataclasses from `config.json`, in both spellings, and back in the older one."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from glm_jax.errors import UserError
 
-_PLAIN = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+_PLAIN = {int: (int,), float: (int, float), bool: (bool,), str: (str,),
+          int | None: (type(None), int)}
+_MOST_LABELS = 10**6  # each has a name in the config, if only LABEL_0, LABEL_1 …
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +77,19 @@ class Config:
             if wanted and type(raw[name]) not in wanted:
                 raise UserError(f"config.json: {name} must be {wanted[-1].__name__}, "
                                 f"not {raw[name]!r}")
+            if types[name] in (int, float) and not 0 <= raw[name] < math.inf:
+                raise UserError(f"config.json: {name} must be 0 or more, not {raw[name]!r}")
+        if raw.get("num_labels", 0) > _MOST_LABELS:
+            raise UserError(f"config.json: num_labels={raw['num_labels']}: at most {_MOST_LABELS} "
+                            "are supported")
         if "partial_rotary_factor" in types and not 0 < raw.get("partial_rotary_factor", 1) <= 1:
             raise UserError("config.json: partial_rotary_factor must be above 0 and at most 1, not "
                             f"{raw['partial_rotary_factor']!r}")
         ends = raw.get("eos_token_id")
         ends = ends if isinstance(ends, list | tuple) else [ends]
-        for name, ids in (("eos_token_id", ends), ("pad_token_id", [raw.get("pad_token_id")])):
-            if any(i is not None and type(i) is not int for i in ids):
-                raise UserError(f"config.json: {name} must be a token's number, not {raw[name]!r}")
+        if any(i is not None and type(i) is not int for i in ends):
+            raise UserError("config.json: eos_token_id must be a token's number, not "
+                            f"{raw['eos_token_id']!r}")
         known = {name: raw.pop(name) for name in list(raw) if name in types}
         return cls(**known, extra=raw)
 
@@ -113,3 +121,9 @@ class MultiHeadConfig(Config):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+def want_parts(name: str, size: int, parts_name: str, parts: int) -> None:
+    """Raises a UserError unless the field `name` is a multiple of the field `parts_name`."""
+    if not size or not parts or size % parts:
+        raise UserError(f"config.json: {name}={size} is no multiple of {parts_name}={parts}")

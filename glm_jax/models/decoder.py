@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from glm_jax.models.config import Config
+from glm_jax.errors import UserError
+from glm_jax.models.config import Config, want_parts
 from glm_jax.nn.attention import Cache, attention
 from glm_jax.nn.batch import Array, Batch, visible
 from glm_jax.nn.layers import Embedding, Linear, Product, RMSNorm, scan, stack, swiglu
@@ -45,7 +46,12 @@ class DecoderConfig(Config):
     keeps_lm_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_scaling(getattr(self, "rope_scaling"))  # noqa: B009
+        fields: Any = self  # those of the families
+        check_scaling(fields.rope_scaling)
+        want_parts("num_attention_heads", fields.num_attention_heads,
+                   "num_key_value_heads", fields.num_key_value_heads)
+        if not fields.rope_theta:
+            raise UserError("config.json: the base of the rotary angles is 0")
 
     @property
     def qk_norm(self) -> bool:
@@ -258,7 +264,7 @@ class Decoder(nnx.Module):
 
         A metric: equal numbers are a balanced load. None for a model without experts.
         """
-        return self._run(batch, None, None, loads=True)[2]
+        return None if self.config.dense is None else self._run(batch, None, None, loads=True)[2]
 
     def _run(self, batch: Batch, cache: Cache | None, key: jax.Array | None, loads: bool = False
              ) -> tuple[jax.Array, Cache | None, Any]:

@@ -46,6 +46,11 @@ def weights(config: GlmConfig, head: str) -> list[Weight]:
     return rows
 
 
+def ignored(config: GlmConfig) -> str:
+    """The copy of a tied head, which `torch.save` of a whole state keeps."""
+    return r"lm_head\.weight" if config.tie_word_embeddings else ""
+
+
 def around(config: GlmConfig, head: str) -> list[Weight]:
     """The rows of embedding, last norm and head."""
     rows = [Weight("model.embed_tokens.weight", "embed_tokens.embedding"),

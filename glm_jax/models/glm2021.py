@@ -62,7 +62,8 @@ class Glm2021Config(MultiHeadConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        known = _IDS.get(raw.get("vocab_size", cls.vocab_size), lambda width: (None,) * 4)
+        size = raw.get("vocab_size", cls.vocab_size)
+        known = _IDS.get(size if isinstance(size, int) else 0, lambda width: (None,) * 4)
         ids = dict(zip(_NAMES, known(raw.get("hidden_size")), strict=True))
         return super().from_dict({**ids, **raw})
 

@@ -5,9 +5,11 @@ token to a few experts (`layers`). Rotary splits the head in halves, as no other
 """
 
 import dataclasses
-import re
 from typing import ClassVar
 
+from glm_jax.errors import UserError
+from glm_jax.models import glm
+from glm_jax.models.config import want_parts
 from glm_jax.models.glm import GlmConfig, around, block
 from glm_jax.models.weights import Weight, linear
 
@@ -44,6 +46,12 @@ class Glm4MoeConfig(GlmConfig):
         super().__post_init__()
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        want_parts("n_routed_experts", self.n_routed_experts, "n_group", self.n_group)
+        for name, most in (("num_experts_per_tok", self.n_routed_experts),
+                           ("topk_group", self.n_group),
+                           ("num_nextn_predict_layers", self.num_hidden_layers)):
+            if getattr(self, name) > most:
+                raise UserError(f"config.json: {name}={getattr(self, name)}, but there are {most}")
 
     @property
     def qk_norm(self) -> bool:
@@ -75,8 +83,10 @@ def weights(config: Glm4MoeConfig, head: str) -> list[Weight]:
 
 
 def ignored(config: Glm4MoeConfig) -> str:
-    """The layers after the last: they predict further tokens, and transformers ignores them too."""
+    """As of `glm`, and the layers after the last, which transformers ignores too.
+
+    They predict further tokens.
+    """
     last = config.num_hidden_layers
-    numbers = range(last, last + config.num_nextn_predict_layers)
-    layers = "|".join(map(str, numbers)) or "none"
-    return re.escape("model.layers.") + rf"({layers})\..*"
+    layers = "|".join(map(str, range(last, last + config.num_nextn_predict_layers))) or "none"
+    return rf"model\.layers\.({layers})\..*|" + glm.ignored(config)

@@ -24,8 +24,8 @@ class Weight(NamedTuple):
       heads: when not 0, joined head by head: the rows of a head from each path in turn.
       first: the number of the first layer of this stack.
       copy: holds what another row reads already (a tied head): written, but never read.
-      constant: what the tensor always is (a buffer): written, but never read; then no path. A
-        function makes it for the dtype that the model is written in.
+      constant: makes what the tensor always is (a buffer), for the dtype that the model is written
+        in: written, but never read; then no path.
       exact: our parameter stays float32 whatever the model is kept in.
       optional: a checkpoint may lack it; it then begins random, with a warning.
     """
@@ -37,7 +37,7 @@ class Weight(NamedTuple):
     heads: int = 0
     first: int = 0
     copy: bool = False
-    constant: np.ndarray | Callable[[np.dtype], np.ndarray] | None = None
+    constant: Callable[[np.dtype], np.ndarray] | None = None
     exact: bool = False
     optional: bool = False
 

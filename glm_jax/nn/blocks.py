@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from glm_jax.errors import UserError
 from glm_jax.nn.attention import Cache, attention
 from glm_jax.nn.batch import Array, Batch, visible
 from glm_jax.nn.layers import Linear, scan
@@ -20,6 +21,9 @@ class SelfAttention(nnx.Module):
     """Multi-head attention (Vaswani et al. 2017) with a bias in each of its four matrices."""
 
     def __init__(self, hidden: int, heads: int, std: float, rngs: nnx.Rngs):
+        if not heads or hidden % heads:
+            raise UserError(f"config.json: hidden_size={hidden} is no multiple of "
+                            f"num_attention_heads={heads}")
         self.heads = heads
         self.query, self.key, self.value = (
             Linear(hidden, hidden, ("embed", "heads"), bias=True, std=std, rngs=rngs)

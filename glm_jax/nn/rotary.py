@@ -48,8 +48,9 @@ def check_scaling(scaling: Mapping[str, Any] | None) -> None:
     for name, value in scaling.items():
         if name not in ("type", "rope_type", *YARN):
             raise UserError(f"{where}: {name} is not supported; supported: {', '.join(YARN)}")
-        if name in YARN and value is not None and not isinstance(value, int | float):
-            raise UserError(f"{where}: {name} must be a number")
+        if name in YARN and value is not None and (
+                not isinstance(value, int | float) or (name != "truncate" and not value > 0)):
+            raise UserError(f"{where}: {name} must be a number above 0")
     for name in ("factor", "original_max_position_embeddings"):
         if not scaling.get(name):
             raise UserError(f"{where}: {name} is missing")

@@ -67,6 +67,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
         raise UserError(
             f"mesh: {asked} needs {wanted} devices, but there are {len(devices)}; lower the sizes "
             f"or, to simulate them on a CPU, set --config.mesh.cpu_devices={wanted}")
+    held = {device.process_index for device in devices[:wanted]}
+    if len(held) < jax.process_count():
+        raise UserError(f"mesh: {asked or 'one device'} lies in {len(held)} of "
+                        f"{jax.process_count()} processes; take sizes that reach into all of them")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES),
                          devices=devices[:wanted])
 

@@ -129,23 +129,33 @@ class Pretrain(NamedTuple):
         return loss + self.config.summary_weight * lack
 
     def predict(self, model: Any, batch: Batch) -> jax.Array:
-        """Cross-entropy of a batch, its weight, and the same of cosines and summaries: `[4]`."""
+        """Cross-entropy of a batch, its weight, and the same of cosines and summaries: `[4]`.
+
+        Behind them the load of each expert of each layer, where the model has any.
+        """
         hidden, _ = model(batch)
         weights = jnp.asarray(batch.weights)
         loss = cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets), weights)
         count = jnp.float32(0) if batch.vectors is None else jnp.sum(
             jnp.asarray(batch.label_weights))
         cosine = jnp.float32(0) if batch.vectors is None else cosines(hidden, batch)
-        return jnp.stack([loss, jnp.sum(weights), cosine, count])
+        load = model.expert_load(batch) if hasattr(model, "expert_load") else None
+        return jnp.concatenate([jnp.stack([loss, jnp.sum(weights), cosine, count]),
+                                jnp.zeros(0) if load is None else load.ravel()])
 
     def evaluate(self, run: Run, split: str) -> Evaluation:
-        """Loss and perplexity a token, of the split's text left to right; the mean cosine."""
+        """Loss and perplexity a token, of the split's text left to right; the mean cosine.
+
+        And `expert_load`: the busiest expert's tokens, beside an even share of its layer's.
+        """
         batches = once(self.source(split), self.shape, self.pad_id)
-        loss, weight, cosine, count = np.sum([np.asarray(run(batch)) for _, batch in batches],
-                                             axis=0)
+        loss, weight, cosine, count, *load = np.sum(
+            [np.asarray(run(batch)) for _, batch in batches], axis=0)
         metrics = {"loss": float(loss / weight),
                    "perplexity": perplexity(float(loss), float(weight))}
-        return Evaluation(metrics | ({"cosine": float(cosine / count)} if count else {}), {})
+        metrics |= {"cosine": float(cosine / count)} if count else {}
+        metrics |= {"expert_load": float(np.max(load) / np.mean(load))} if load else {}
+        return Evaluation(metrics, {})
 
 
 def cosines(hidden: jax.Array, batch: Batch) -> jax.Array:

@@ -166,7 +166,12 @@ def test_a_shard_that_is_a_link_and_files_to_copy(folder, tmp_path):
     secret.write_text("{}")
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "notes.txt").write_text("not of a checkpoint")
-    assert list(other_files(folder)) == ["tokenizer_config.json"]
+    # Loading remote code, transformers wants every module that one of them imports.
+    code = ["configuration_chatglm.py", "modeling_glm.py", "quantization.py"]
+    for name in (*code, "model.py"):
+        (folder / name).write_text("")
+    assert list(other_files(folder)) == [*code, "tokenizer_config.json"]
+    assert list(other_files(folder, code=False)) == ["tokenizer_config.json"]
     (folder / "tokenizer.json").symlink_to(secret)
     with pytest.raises(UserError, match="lies outside the folder"):
         other_files(folder)
@@ -261,6 +266,17 @@ def test_a_shard_of_another_model(tiny, tmp_path):
         conversion(tmp_path / "model")
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_shard_that_no_index_names_is_told_of(tiny, tmp_path, caplog, shards):
+    save_model(tiny(), tmp_path / "model", max_shard_bytes=10**6 if shards == 1 else 40000)
+    some = min((tmp_path / "model").glob("*.safetensors"))
+    (tmp_path / "model/model-00009-of-00009.safetensors").write_bytes(some.read_bytes())
+    with caplog.at_level(logging.WARNING):
+        conversion(tmp_path / "model")
+    (record,) = caplog.records
+    assert "model-00009-of-00009.safetensors is not read" in record.getMessage()
+
+
 @pytest.mark.parametrize(("fields", "what"), [
     ({"model_type": "llama"}, "'llama' with these fields is not supported; supported: glm, glm4"),
     ({"model_type": None}, "is not supported"),
@@ -268,7 +284,30 @@ def test_a_shard_of_another_model(tiny, tmp_path):
     ({"hidden_size": "32"}, "hidden_size must be int, not '32'"),
     ({"rope_scaling": 3}, "rope_scaling must be a table, not 3"),
     ({"quantization_bit": 3}, "quantization_bit=3 is not supported"),
+    ({"quantization_bit": "8"}, "quantization_bit='8' is not supported; supported: 4, 8"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
     ({"hidden_size": 64}, "wrong shape: model.embed_tokens.weight"),
+    ({"hidden_size": -1}, "hidden_size must be 0 or more, not -1"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be 0 or more, not nan"),
+    ({"rope_theta": 0}, "the base of the rotary angles is 0"),
+    ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0 is no multiple of num_key_value_heads=2"),
+    ({"architectures": 3}, "architectures must be a list of class names, not 3"),
+    ({"num_hidden_layers": 10**12}, f"it wants {10**12} model.layers.{{}}.input_layernorm.weight, "
+                                    "but there are only"),
+    ({"num_labels": 10**12, "id2label": None},
+     f"num_labels={10**12}: at most 1000000 are supported"),
+    ({"model_type": "glm4_moe", "n_routed_experts": 6, "n_group": 4},
+     "n_routed_experts=6 is no multiple of n_group=4"),
+    ({"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 5},
+     "num_experts_per_tok=5, but there are 4"),
+    ({"model_type": "glm4_moe", "num_nextn_predict_layers": 10**12},
+     f"num_nextn_predict_layers={10**12}, but there are 2"),
+    ({"model_type": "bert", "num_attention_heads": 3, "hidden_act": "gelu",
+      "tie_word_embeddings": True}, "hidden_size=32 is no multiple of num_attention_heads=3"),
+    ({"model_type": "chatglm", "position_encoding_2d": True, "tie_word_embeddings": True,
+      "alpha_layers": "x"},
+     "alpha_layers must be int, not 'x'"),
 ])
 def test_a_config_with_what_is_not_known(folder, fields, what):
     raw = json.loads((folder / "config.json").read_text())
@@ -276,3 +315,16 @@ def test_a_config_with_what_is_not_known(folder, fields, what):
     with pytest.raises(UserError) as error:
         conversion(folder)
     assert what in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.bool_])
+def test_weights_of_whole_numbers_are_refused(tiny, tmp_path, dtype):
+    save_model(tiny(), tmp_path / "model")
+    path, name = tmp_path / "model" / SINGLE, "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(path)
+    tensors[name] = tensors[name].astype(dtype)
+    save_file(tensors, path)
+    for reader in (load_model, conversion):
+        with pytest.raises(UserError, match=f"no floating-point numbers: {name} is "
+                                            f"{np.dtype(dtype)}$"):
+            reader(tmp_path / "model")

@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import glm_jax
-from glm_jax.convert.hf import flat, load_model, save_model
+from glm_jax.convert.hf import conversion, flat, load_model, save_model
 from glm_jax.convert.released import Released
 from glm_jax.convert.renamed import renamed
+from glm_jax.convert.verify import different
 from glm_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -152,6 +153,9 @@ def only(tensors):
     (lambda path: torch.save(only({"b": Evil()}), path), "damaged, or not only tensors"),
     (lambda path: torch.save(only({"b": 3}), path), "damaged, or not only tensors"),
     (lambda path: torch.save([torch.zeros(2)], path), "damaged, or not only tensors"),
+    (lambda path: torch.save(only({1: torch.zeros(2)}), path), "a name that is no text"),
+    (lambda path: torch.save(only({"b": torch.zeros(1).expand(10**11)}), path),  # of 400 GB
+     "a tensor that is larger than what the file stores of it"),
 ])
 def test_a_pickled_file_that_is_no_table_of_tensors(tmp_path, write, what, capsys):
     write(tmp_path / "pytorch_model.bin")
@@ -160,6 +164,23 @@ def test_a_pickled_file_that_is_no_table_of_tensors(tmp_path, write, what, capsy
     assert str(tmp_path / "pytorch_model.bin") in str(error.value)
     assert "\n" not in str(error.value)
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["glm", "glm4", "glm4_moe"])
+def test_a_tied_head_that_torch_save_keeps(tiny, tmp_path, kind):
+    fields = ({"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+              if kind == "glm4_moe" else {})
+    model = tiny(model_type=kind, tie_word_embeddings=True, num_hidden_layers=1, head_dim=8,
+                 num_key_value_heads=2, intermediate_size=48, **fields)
+    save_model(model, tmp_path / "in")
+    state = load_file(tmp_path / "in/model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    (tmp_path / "in/model.safetensors").unlink()
+    torch.save({name: torch.tensor(array) for name, array in state.items()},
+               tmp_path / "in/pytorch_model.bin")
+    conversion(tmp_path / "in").write(tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+    assert different(tmp_path / "in", tmp_path / "out") == ""
 
 
 def test_a_truncated_pickled_file(tmp_path):

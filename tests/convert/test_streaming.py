@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from glm_jax.convert import hf, written
 from glm_jax.convert.hf import conversion, flat, load_model, open_folder, save_model, stored
@@ -74,6 +74,19 @@ def test_chatglm_as_glm_and_back(chatglm, tmp_path):
     assert different(chatglm, tmp_path / "glm") == ""
 
 
+def test_a_correction_bias_keeps_the_dtype_of_its_file(tiny, tmp_path):
+    save_model(tiny(**FAMILY["glm4_moe"]), tmp_path / "in", dtype=np.float16)
+    path = tmp_path / "in/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert tensors[name].dtype == np.float32
+    save_file(tensors | {name: tensors[name].astype(np.float16)}, path, {"format": "pt"})
+    conversion(tmp_path / "in").write(tmp_path / "out")
+    assert read(tmp_path / "out") == read(tmp_path / "in")
+    conversion(tmp_path / "in", dtype=jnp.bfloat16).write(tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")[name].dtype == np.float32
+
+
 def test_a_difference_is_named(chatglm, tmp_path):
     found = conversion(chatglm, "glm")
     at = next(i for i, tensor in enumerate(found.tensors) if "1.mlp.down" in tensor.name)
@@ -106,6 +119,21 @@ def test_the_memory_is_a_few_tensors_whatever_the_number_of_layers(tiny, tmp_pat
     total = sum(tensor.bytes for tensor in found.tensors)
     assert total > 40 * largest
     assert largest < peak < 4 * largest
+
+
+@pytest.mark.parametrize("reader", [
+    lambda folder: conversion(folder, dtype=np.float16).write(folder.parent / "out"),
+    lambda folder: load_model(folder, dtype=jnp.float16)])
+def test_a_number_too_large_for_the_dtype_is_refused(tiny, tmp_path, reader):
+    save_model(tiny(), tmp_path / "in")
+    path, name = tmp_path / "in/model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(path)
+    tensors[name][2, 3] = -70000
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"down_proj.weight: 7e\+04 is too large for float16; take"):
+        reader(tmp_path / "in")
+    assert not (tmp_path / "out").exists()
+    load_model(tmp_path / "in", dtype=jnp.bfloat16)
 
 
 # --- sharded import -------------------------------------------------------------------------------

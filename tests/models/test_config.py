@@ -62,7 +62,7 @@ def test_the_number_of_classes_survives_without_names():
     ({"partial_rotary_factor": 2}, "partial_rotary_factor must be above 0 and at most 1, not 2"),
     ({"eos_token_id": "a"}, "eos_token_id must be a token's number, not 'a'"),
     ({"eos_token_id": [1, "a"]}, "eos_token_id must be a token's number, not [1, 'a']"),
-    ({"pad_token_id": [1]}, "pad_token_id must be a token's number"),
+    ({"pad_token_id": [1]}, "pad_token_id must be int"),
     ({"id2label": ["a", "b"]}, "id2label must be a table"),
 ])
 def test_what_is_not_computed_is_refused(fields, message):

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from glm_jax.data.corpus import Document, TokenCorpus, write_tokens, write_vectors
-from glm_jax.data.packing import Batches, Shape
+from glm_jax.data.packing import Batches, Shape, once
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.tasks.pretrain import Pretrain, cosines
@@ -37,6 +37,28 @@ def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE):
     config = ConfigDict({"corpus": str(corpus), "mixture": mixture, "summaries": summaries,
                          "summary_weight": 7.0})
     return Pretrain(config, load_tokenizer(base), shape, seed=0)
+
+
+def test_the_busiest_expert_is_a_metric(base, corpus, tiny):
+    task = make(base, corpus)
+    model = tiny(model_type="glm4_moe", vocab_size=320, intermediate_size=48, head_dim=8,
+                 num_hidden_layers=3, num_key_value_heads=2, n_routed_experts=4,
+                 moe_intermediate_size=8, num_experts_per_tok=2, first_k_dense_replace=1)
+    seen = []
+
+    def run(batch):
+        seen.append((np.asarray(task.predict(model, batch)), model.expert_load(batch)))
+        return seen[-1][0]
+    metrics = task.evaluate(run, "dev").metrics
+    load = sum(np.asarray(load) for _, load in seen)
+    assert load.shape == (2, 4) and len(seen[0][0]) == 4 + 8
+    assert load.sum() == 2 * 2 * sum((b.segments > 0).sum() for b in batches_of(task))
+    assert metrics["expert_load"] == pytest.approx(load.max() / load.mean()) and load.max() > 0
+    assert tuple(metrics) == (*task.metrics, "expert_load")
+
+
+def batches_of(task):
+    return [batch for _, batch in once(task.source("dev"), SHAPE, task.pad_id)]
 
 
 def test_the_loss_and_the_perplexity(base, corpus, tiny):
