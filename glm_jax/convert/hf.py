@@ -25,6 +25,7 @@ from glm_jax.convert.parameters import (
     Source,
     Stored,
     cast,
+    check_tensors,
     flat,
     planned,
     readers,
@@ -194,7 +195,7 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
     promised = {row.name for row in tables[named] if not row.optional}
     # What other heads have may lie there; it is not read.
     expected = {row.name for table in tables.values() for row in table if not row.stacked}
-    faults: list[str] = []
+    wanted: dict[str, tuple[int, ...]] = {}
     random: set[str] = set()
     for row in tables[head]:
         stack = (abstract[row.paths[0]].get_value().shape if row.paths
@@ -207,28 +208,17 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
             expected.update(name for _, name in row.names(stack))
             continue
         for name, shape in tensor_shapes(row, abstract):
-            expected.add(name)
-            if name not in released.shapes:
-                if row.name in promised:
-                    faults.append(f"missing: {name} {list(shape)}")
-                else:
-                    random.update(row.paths)
-            elif released.shapes[name] != shape:
-                faults.append(f"wrong shape: {name} is {list(released.shapes[name])}, "
-                              f"the config wants {list(shape)}")
-            elif released.dtypes[name].kind not in "fV":  # V: bfloat16 and float8
-                faults.append(f"no floating-point numbers: {name} is {released.dtypes[name]}")
-    ignored = architecture.ignored(config)
-    faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
-               if name not in expected and not re.fullmatch(ignored, name)]
+            if name in released.shapes or row.name in promised:
+                wanted[name] = shape
+            else:
+                random.update(row.paths)
     if lacking := sorted(path for row in tables[named] if row.optional for path in row.paths
                          if path in random):
         logging.warning("%s: it holds no %s, which begin random", released.folder,
                         ", ".join(lacking))
-    if faults:
-        more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise UserError(f"{released.folder}: the weights do not fit config.json:\n  "
-                        + "\n  ".join(faults[:10]) + more)
+    ignored = architecture.ignored(config)
+    check_tensors(released, wanted, "the weights do not fit config.json", "the config wants",
+                  lambda name: name in expected or re.fullmatch(ignored, name) is not None)
     return random
 
 

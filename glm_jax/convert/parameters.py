@@ -5,7 +5,7 @@ What joins and parts them is the weight table's (`models.weights`); here is what
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,30 @@ def tensor_shapes(row: Weight, parameters: Mapping[str, nnx.Param]
     shapes = [parameters[path].get_value().shape for path in row.paths]
     for _, name in row.names(shapes[0]):
         yield name, row.tensor(shapes)
+
+
+def check_tensors(released: Source, wanted: Mapping[str, tuple[int, ...]], trouble: str,
+                  whose: str, known: Callable[[str], bool] = lambda name: False) -> None:
+    """Holds the tensors of a folder to the wanted names and shapes.
+
+    Raises:
+      UserError: `trouble`, and each tensor that is missing, mis-shaped, of whole numbers, or
+        neither wanted nor `known`.
+    """
+    faults = []
+    for name, shape in wanted.items():
+        if name not in released.shapes:
+            faults.append(f"missing: {name} {list(shape)}")
+        elif released.shapes[name] != shape:
+            faults.append(f"wrong shape: {name} is {list(released.shapes[name])}, {whose} "
+                          f"{list(shape)}")
+        elif released.dtypes[name].kind not in "fV":  # V: bfloat16 and float8
+            faults.append(f"no floating-point numbers: {name} is {released.dtypes[name]}")
+    faults += [f"unexpected: {name} {list(shape)}" for name, shape in released.shapes.items()
+               if name not in wanted and not known(name)]
+    if faults:
+        more = f"\n  … and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise UserError(f"{released.folder}: {trouble}:\n  " + "\n  ".join(faults[:10]) + more)
 
 
 def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]

@@ -308,6 +308,9 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
     (lambda f: edit_weights(f, lambda a: a.update({"base_model.model.score.weight":
                                                    np.ones((2, 32), np.float32)})),
      r"wrong shape: \S*score\.weight is \[2, 32\], .* want \[3, 32\]"),
+    (lambda f: edit_weights(f, lambda a: a.update({f"{Q0}.lora_A.weight":
+                                                   a[f"{Q0}.lora_A.weight"].astype(np.int32)})),
+     r"no floating-point numbers: \S*q_proj\.lora_A\.weight is int32"),
     (lambda f: edit_config(f, use_dora=True), "use_dora=True is not supported"),
     (lambda f: edit_config(f, layers_to_transform=[0]), r"layers_to_transform=\[0\] is not"),
     (lambda f: edit_config(f, rank_pattern={"q_proj": 2}), "rank_pattern="),
