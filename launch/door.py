@@ -202,6 +202,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
                 return f"--config.{found[1]}: the config has no such field{hint}"
     if isinstance(error, KeyError):
         text = str(error.args[0])
+    if missing := re.match(r"flag --(\w+)=None: ", text):
+        return f"--{missing[1]} is wanted: {FLAGS[missing[1]].help}"
     return text.strip().rsplit("\n", 1)[-1] or type(error).__name__
 
 

@@ -213,9 +213,8 @@ def check(released: Source, architecture: Any, config: Any, head: str, named: st
             else:
                 random.update(row.paths)
     if lacking := sorted(path for row in tables[named] if row.optional for path in row.paths
-                         if path in random):
-        logging.warning("%s: it holds no %s, which begin random", released.folder,
-                        ", ".join(lacking))
+                         if path in random):  # an adapter that is loaded next may have them
+        logging.info("%s: it holds no %s, which begin random", released.folder, ", ".join(lacking))
     ignored = architecture.ignored(config)
     check_tensors(released, wanted, "the weights do not fit config.json", "the config wants",
                   lambda name: name in expected or re.fullmatch(ignored, name) is not None)

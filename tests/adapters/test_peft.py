@@ -147,6 +147,7 @@ def test_the_lines_in_the_readme_load_it_in_peft(head, trained, base, tokenizer_
     save_adapter(model, "adapter", config, base="base", files=tokenizer_files)
     code = Path("adapter/README.md").read_text(encoding="utf-8")
     code = code.split("```python\n")[1].split("```")[0]
+    assert 'dtype="float32"' in code  # or PyTorch computes in what the base is kept in
     names: dict = {}
     exec(code, names)
     theirs = names["model"].eval()

@@ -39,6 +39,14 @@ def test_parsing_flags_imports_nothing_heavy(name):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize("name", ["evaluate", "predict", "convert", "generate"])
+def test_a_door_without_its_model_says_what_is_wanted(name):
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / f"{name}.py")],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --model is wanted: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("name", "said"), [("SIGTERM", "stopped by SIGTERM"),
                                             ("SIGINT", "stopped")])
 @pytest.mark.parametrize("where", ["main", "config"])
