@@ -117,7 +117,6 @@ class Loop:
             if self.host["best_step"] not in (0, best):  # damaged: an older one is the best now
                 self.host.update({name: then.get(f"host.{name}", value) for name, value in
                                   (("best", self.worst), ("best_step", 0))})
-            logging.info("going on from step %d", step)
         try:
             if not self.is_over(step):
                 tracker = open_tracker(self.workdir, self.steps, None if restored is None else step,

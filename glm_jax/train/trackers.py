@@ -185,6 +185,8 @@ class Terminal:
         self._console = console or Console(soft_wrap=True)
         self._total, self._first, self._start = total_steps, first_step, time.monotonic()
         self._bar: Progress | None = None
+        if first_step:
+            self._print(f"going on from step {first_step} of {total_steps}")
         if self._console.is_terminal and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(None),

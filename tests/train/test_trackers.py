@@ -129,7 +129,8 @@ def show(*, terminal: bool) -> str:
 
 
 def test_a_pipe_gets_plain_lines():
-    lines = show(terminal=False).splitlines()
+    first, *lines = show(terminal=False).splitlines()
+    assert first == "going on from step 10 of 40"
     assert lines[0].startswith("step 20/40  loss 0.5123  12,346 tokens/s  0:00:0")
     assert lines[0].endswith(" left")
     assert lines[1:] == ["step 20  eval/accuracy 0.8750  eval/f1 0.8700"]
