@@ -2,7 +2,7 @@
 
     python benchmarks/noise.py --show=40
     python benchmarks/noise.py --features=e5 --split=test    # e5-small reads every text
-    python benchmarks/noise.py --models=runs/sentiment,runs/e5-small --split=test --show=40
+    python benchmarks/noise.py --models=runs/sentiment,runs/sentiment-e5-small --split=test
 
 Logistic regression on features of the rows predicts each fifth of them from the others. A label
 counts as contradicted, by confident learning (Northcutt et al. 2021, arXiv:1911.00068), when the
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--features", default="tf-idf", choices=FEATURES)
     parser.add_argument("--models", default="", help="runs that did not train on --split")
-    parser.add_argument("--show", type=int, default=0, help="so many of the most contradicted")
+    parser.add_argument("--show", type=int, default=0, help="so many of these rows")
     args = parser.parse_args(argv)
     if args.models and args.split == "train":
         parser.error("--models: they have seen the train split; --split=test")

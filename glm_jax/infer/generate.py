@@ -232,9 +232,8 @@ def prefill(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, *, sl
             cache_dtype: Any = None) -> tuple[jax.Array, Cache]:
     """Runs left-padded prompts: the last position's logits `[batch, vocabulary]`, and the cache."""
     model = nnx.merge(graphdef, state)
-    lists = [part for part in vars(model).values() if isinstance(part, nnx.List)]
-    cache = empty_cache(model.config, tokens.shape[0], slots, cache_dtype or model.dtype,
-                        apart=bool(lists))
+    apart = any(isinstance(part, nnx.List) for part in vars(model).values())
+    cache = empty_cache(model.config, tokens.shape[0], slots, cache_dtype or model.dtype, apart)
     hidden, cache = model(as_batch(model.config, tokens, mask), cache)
     return model.logits(hidden[:, -1]), cache
 

@@ -264,7 +264,12 @@ class Decoder(nnx.Module):
 
         A metric: equal numbers are a balanced load. None for a model without experts.
         """
-        return None if self.config.dense is None else self._run(batch, None, None, loads=True)[2]
+        return self.with_expert_load(batch)[1]
+
+    def with_expert_load(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Hidden states, as a call gives them, and the experts' load, in one pass."""
+        hidden, _, load = self._run(batch, None, None, loads=self.config.dense is not None)
+        return hidden, load
 
     def _run(self, batch: Batch, cache: Cache | None, key: jax.Array | None, loads: bool = False
              ) -> tuple[jax.Array, Cache | None, Any]:

@@ -133,13 +133,13 @@ class Pretrain(NamedTuple):
 
         Behind them the load of each expert of each layer, where the model has any.
         """
-        hidden, _ = model(batch)
+        hidden, load = (model.with_expert_load(batch) if hasattr(model, "with_expert_load")
+                        else (model(batch)[0], None))
         weights = jnp.asarray(batch.weights)
         loss = cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets), weights)
         count = jnp.float32(0) if batch.vectors is None else jnp.sum(
             jnp.asarray(batch.label_weights))
         cosine = jnp.float32(0) if batch.vectors is None else cosines(hidden, batch)
-        load = model.expert_load(batch) if hasattr(model, "expert_load") else None
         return jnp.concatenate([jnp.stack([loss, jnp.sum(weights), cosine, count]),
                                 jnp.zeros(0) if load is None else load.ravel()])
 
