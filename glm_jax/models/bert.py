@@ -18,6 +18,7 @@ from glm_jax.models.weights import Weight, linear, norm
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch, bidirectional_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, pooled, run
+from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, LayerNorm, Linear, gelu, stack
 from glm_jax.parallel.mesh import constrain
 
@@ -77,6 +78,7 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, head: str = "base", dtype: Any = jnp.float32, *,
                  rngs: nnx.Rngs):
         self.config, self.head, self.dtype = config, head, dtype
+        self.compute = Compute()
         hidden, std, eps = config.hidden_size, config.initializer_range, config.layer_norm_eps
         self.embed_tokens = Embedding(config.vocab_size, hidden, std=std, rngs=rngs)
         self.embed_positions = Embedding(config.max_position_embeddings, hidden, std=std, rngs=rngs)

@@ -19,6 +19,7 @@ from glm_jax.models.weights import Weight, linear, transformer
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch, blank_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, pooled, run
+from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, LayerNorm, Linear, gelu_tanh, stack
 from glm_jax.nn.rotary import rotate_halves
 from glm_jax.parallel.mesh import constrain
@@ -128,6 +129,7 @@ class ChatGLM6B(nnx.Module):
     def __init__(self, config: ChatGLM6BConfig, head: str = "lm", dtype: Any = jnp.float32, *,
                  rngs: nnx.Rngs):
         self.config, self.head, self.dtype = config, head, dtype
+        self.compute = Compute()
         hidden, std = config.hidden_size, config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, hidden, std=std, rngs=rngs)
         self.layers = stack(lambda rngs: Layer(config, rngs), config.num_layers, rngs)

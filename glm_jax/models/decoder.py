@@ -16,6 +16,7 @@ from glm_jax.errors import UserError
 from glm_jax.models.config import Config, want_parts
 from glm_jax.nn.attention import Cache, attention
 from glm_jax.nn.batch import Array, Batch, visible
+from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, Linear, Product, RMSNorm, scan, stack, swiglu
 from glm_jax.nn.moe import over_mesh, route
 from glm_jax.nn.rotary import check_scaling, rotary_table, rotate_halves, rotate_interleaved
@@ -236,6 +237,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: Any, head: str = "lm", dtype: Any = jnp.float32, *,
                  rngs: nnx.Rngs):
         self.config, self.head, self.dtype = config, head, dtype
+        self.compute = Compute()
         hidden, std = config.hidden_size, config.initializer_range
         self.embed_tokens = Embedding(config.vocab_size, hidden, std=std, rngs=rngs)
         for name, moe, part in self._stacks():

@@ -19,6 +19,7 @@ from glm_jax.models.weights import Weight, transformer
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch, blank_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, run
+from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, LayerNorm, gelu, stack
 from glm_jax.nn.loss import cross_entropy
 from glm_jax.parallel.mesh import constrain
@@ -100,6 +101,7 @@ class Glm2021(nnx.Module):
             raise UserError(f"GLM (2021) has no head {head!r}, only 'lm'; classes can be scored as "
                             "choices (see glm_jax/models/glm2021.py)")
         self.config, self.head, self.dtype = config, head, dtype
+        self.compute = Compute()
         hidden, std, places = (config.hidden_size, config.initializer_range,
                                config.max_sequence_length + 1)
         self.embed_tokens = Embedding(config.vocab_size, hidden, std=std, rngs=rngs)
