@@ -46,7 +46,8 @@ def get_config() -> ConfigDict:
         "checkpoint": {"every": 0},  # steps; besides one with each evaluation
         "log": {"every": 10, "tensorboard": True, "wandb_project": ""},
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1,
-                 "cpu_devices": 0},  # so many simulated devices on a CPU
+                 "cpu_devices": 0,  # so many simulated devices on a CPU
+                 "rules": {}},  # rows in place of those of parallel/mesh.py, {"mlp": ("tensor",)}
     })
 
 

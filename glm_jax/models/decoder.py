@@ -70,7 +70,8 @@ class Attention(nnx.Module):
         hidden, std = config.hidden_size, config.initializer_range
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        into, out, bias = ("embed", "heads"), ("heads", "embed"), config.attention_bias
+        heads = f"heads:{config.head_dim}"  # no device has a part of a head
+        into, out, bias = ("embed", heads), (heads, "embed"), config.attention_bias
         self.q_proj = Linear(hidden, queries, into, bias=bias, std=std, rngs=rngs)
         self.k_proj = Linear(hidden, keys, into, bias=bias, std=std, rngs=rngs)
         self.v_proj = Linear(hidden, keys, into, bias=bias, std=std, rngs=rngs)
@@ -156,7 +157,7 @@ class Experts(nnx.Module):
     def __init__(self, config: Any, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         count, std = config.n_routed_experts, config.initializer_range
-        into, out = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        into, out = ("experts", "experts_embed", "mlp"), ("experts", "mlp", "experts_embed")
         self.gate_proj = Linear(hidden, inner, into, experts=count, std=std, rngs=rngs)
         self.up_proj = Linear(hidden, inner, into, experts=count, std=std, rngs=rngs)
         self.down_proj = Linear(inner, hidden, out, experts=count, std=std, rngs=rngs)

@@ -25,10 +25,11 @@ class SelfAttention(nnx.Module):
             raise UserError(f"config.json: hidden_size={hidden} is no multiple of "
                             f"num_attention_heads={heads}")
         self.heads = heads
+        whole = f"heads:{hidden // heads}"  # no device has a part of a head
         self.query, self.key, self.value = (
-            Linear(hidden, hidden, ("embed", "heads"), bias=True, std=std, rngs=rngs)
+            Linear(hidden, hidden, ("embed", whole), bias=True, std=std, rngs=rngs)
             for _ in range(3))
-        self.dense = Linear(hidden, hidden, ("heads", "embed"), bias=True, std=std, rngs=rngs)
+        self.dense = Linear(hidden, hidden, (whole, "embed"), bias=True, std=std, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: Array, cache: tuple[jax.Array, jax.Array] | None,
                  start: jax.Array | int, keys: Keys,

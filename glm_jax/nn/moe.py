@@ -181,8 +181,10 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
               experts: jax.Array, state: Any, count: int, common: Any = None) -> jax.Array:
     """`dispatch` with experts split over the mesh axis of that name, and tokens over theirs.
 
-    Every device computes what its own experts make of its own tokens; the sums over experts meet
-    in one all-reduce. Without a mesh it is `dispatch`.
+    The tokens that are split over `expert` too are gathered over it, each device computes what its
+    own experts make of them, and the sums over experts are scattered back. As a token has about as
+    many experts as that axis has devices, sending it to each of its experts would move no less.
+    Without a mesh it is `dispatch`.
 
     Args:
       run: `run(state, common, rows, product)`, as in `dispatch`, for the experts of a state.
@@ -205,9 +207,15 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
     tokens = partition(("batch", "length", None), x.shape, mesh.shape)
     split = partition(("experts",), (count,), mesh.shape)
 
+    apart = "expert" in jax.tree.leaves(tuple(tokens))  # else each has all tokens already
+
     def summed(*args: Any) -> jax.Array:
-        out = local(*args)
-        return jax.lax.psum(out, "expert") if "expert" in split else out
+        if "expert" not in split:
+            return local(*args)
+        if not apart:
+            return jax.lax.psum(local(*args), "expert")
+        own = [jax.lax.all_gather(part, "expert", tiled=True) for part in args[:3]]
+        return jax.lax.psum_scatter(local(*own, *args[3:]), "expert", tiled=True)
     manual = {name for name in mesh.axis_names if name != "tensor"}
     specs = (tokens, tokens, tokens, split, split, PartitionSpec())
     return jax.shard_map(summed, in_specs=specs, out_specs=tokens, axis_names=manual,

@@ -1,7 +1,9 @@
 """The device mesh and the one table that maps logical axes to it.
 
-Parameters and activations carry logical axis names; `RULES` says which mesh axis each is split
-over. A dimension that its mesh axis does not divide is replicated, with a log line.
+Parameters and activations carry logical axis names; `RULES` says which mesh axes each is split
+over. A dimension that its mesh axes do not divide is split over the first of them that do, or
+replicated, with a log line. A name may carry the size of blocks that are never cut:
+`heads:128` is split only between heads of 128 features.
 """
 
 import functools
@@ -11,38 +13,55 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+Rules = Mapping[str, str | Sequence[str] | None]
+
+# Axes that split activations' batch or length hold different tokens: parameters may be stored
+# split over them, and are gathered where a layer computes. Experts lie on `expert` by number.
+RULES: Rules = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "sequence",
     # parameters
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence", "expert"),
     "heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
+    "experts_embed": ("fsdp", "sequence"),
     "norm": None,
     "rank": None,
     "labels": None,
 }
+# What `use_rules` puts in place of rows of it. Part of what jitted functions are cached by.
+_OVERRIDES = jax.make_user_context(())
 
 
-def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+              ) -> Mesh:
     """Builds the mesh with the axes `AXES`; axes that `sizes` leaves out have size 1.
 
     At most one size may be -1: it takes the devices that the others leave. With no sizes at all
-    every device goes to `data`.
+    every device goes to `data`. The devices are ordered by their topology: neighbours on an axis
+    are neighbours in the torus. Between slices (TPU multislice, GPU hosts) the network is slow:
+    only `data` reaches across them, and `fsdp` where `data` is too small.
+
+    Args:
+      sizes: by axis.
+      devices: all of JAX's by default; or those of a topology that is compiled for.
 
     Raises:
-      UserError: for an unknown axis, or when there are not as many devices as asked for.
+      UserError: for an unknown axis, when there are not as many devices as asked for, or when
+        they can't be laid out so.
     """
     sizes = dict(sizes or {"data": -1})
     unknown = [name for name in sizes if name not in AXES]
@@ -52,7 +71,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
         if isinstance(size, bool) or not isinstance(size, int):
             raise UserError(f"mesh: {name} must be a whole number of devices, not {size!r}")
     shape = [sizes.get(name, 1) for name in AXES]
-    devices = jax.devices()
+    ours, devices = devices is None, list(jax.devices() if devices is None else devices)
     asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True) if size != 1)
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh: sizes must be positive and at most one may be -1, not {asked}")
@@ -67,12 +86,59 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
         raise UserError(
             f"mesh: {asked} needs {wanted} devices, but there are {len(devices)}; lower the sizes "
             f"or, to simulate them on a CPU, set --config.mesh.cpu_devices={wanted}")
-    held = {device.process_index for device in devices[:wanted]}
-    if len(held) < jax.process_count():
+    devices = devices[:wanted]
+    held = {device.process_index for device in devices}
+    if ours and len(held) < jax.process_count():
         raise UserError(f"mesh: {asked or 'one device'} lies in {len(held)} of "
                         f"{jax.process_count()} processes; take sizes that reach into all of them")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                         devices=devices[:wanted])
+    return Mesh(_arranged(shape, devices, asked), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:
+    """The devices in an array of this shape, by topology."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    inside, across, left = list(shape), [1] * len(shape), slices
+    for axis in (AXES.index("data"), AXES.index("fsdp")):
+        across[axis] = math.gcd(shape[axis], left)
+        inside[axis] //= across[axis]
+        left //= across[axis]
+    if left > 1:
+        raise UserError(f"mesh: {asked or 'one device'} on {slices} slices: data × fsdp must be a "
+                        f"multiple of {slices}, for no other axis may reach across slices")
+    if across[1] > 1:
+        logging.info("mesh axis 'fsdp' reaches across slices: its gathers take the slow network")
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices,
+                                                    allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise UserError(f"mesh: {asked} does not fit the devices' topology: {error}") from None
+
+
+def use_rules(overrides: Rules) -> AbstractContextManager[Any]:
+    """A context in which these rows replace those of `RULES`, for loading and for tracing.
+
+    Raises:
+      UserError: for an unknown logical or mesh axis.
+    """
+    for name, over in overrides.items():
+        if name not in RULES:
+            raise UserError(f"mesh.rules: {name!r} is no axis of an array; those are "
+                            + ", ".join(RULES))
+        if not isinstance(over, str | list | tuple | None) or set(_tuple(over)) - set(AXES):
+            raise UserError(f"mesh.rules.{name}={over!r}: some axes of the mesh, or None; those "
+                            f"are {', '.join(AXES)}")
+    return _OVERRIDES(tuple((name, _tuple(over)) for name, over in sorted(overrides.items())))
+
+
+def _tuple(over: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (over,) if isinstance(over, str) else tuple(over or ())
+
+
+def _rule(name: str) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over."""
+    return _tuple(dict(_OVERRIDES.value).get(name, RULES[name]))
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int],
@@ -80,33 +146,39 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapp
     """The spec of an array with these logical axes and this shape.
 
     `axes` may be shorter than `shape`: leading dimensions without a name are stacked layers.
-    With `gathered`, parameters are taken whole along `fsdp`, as a layer computes with them.
+    With `gathered`, parameters are taken whole along the axes that split tokens, as a layer
+    computes with them.
 
     Raises:
-      ValueError: when two dimensions would lie on one mesh axis.
+      UserError: when two dimensions would lie on one mesh axis.
     """
     names = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
+    whole = (*_rule("batch"), *_rule("length")) if gathered else ()
     spec: list[tuple[str, ...] | str | None] = []
-    used: set[str] = set()
-    for name, size in zip(names, shape, strict=True):
-        rule = RULES[name] if name else None
-        over = tuple(a for a in ((rule,) if isinstance(rule, str) else rule or ())
-                     if mesh_shape.get(a, 1) > 1 and not (gathered and a == "fsdp"))
-        if used.intersection(over):
-            raise ValueError(f"axes {names}: two dimensions on mesh axis {over}")
-        ways = math.prod(mesh_shape[a] for a in over)
-        if size % ways:
-            _log_replicated(name or "", size, over)
-            over = ()
-        used.update(over)
+    used: dict[str, str] = {}
+    for axis, size in zip(names, shape, strict=True):
+        name, _, block = (axis or "").partition(":")
+        asked = tuple(a for a in (_rule(name) if name else ())
+                      if mesh_shape.get(a, 1) > 1 and a not in whole)
+        for a in asked:
+            if a in used:
+                raise UserError(f"mesh.rules: {used[a]!r} and {name!r} both lie on mesh axis {a!r},"
+                                f" but there are arrays with both: {names}")
+            used[a] = name
+        unit, over = int(block or 1), asked
+        parts = 1 if size % unit else size // unit
+        while parts % math.prod(mesh_shape[a] for a in over):
+            over = over[:-1]
+        if over != asked:
+            _log_replicated(axis or "", size, asked, over)
         spec.append(over[0] if len(over) == 1 else over or None)
     return PartitionSpec(*spec)
 
 
 @functools.cache
-def _log_replicated(name: str, size: int, over: tuple[str, ...]) -> None:
-    logging.info("axis %r of size %d is replicated: mesh axes %s do not divide it", name, size,
-                 ", ".join(over))
+def _log_replicated(axis: str, size: int, asked: tuple[str, ...], over: tuple[str, ...]) -> None:
+    logging.info("axis %r of size %d is %s: mesh axes %s do not divide it", axis, size,
+                 f"split over {', '.join(over)} only" if over else "replicated", ", ".join(asked))
 
 
 def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -135,7 +207,7 @@ def put(tree: Any, mesh: Mesh) -> Any:
 
 def data_ways(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+    return math.prod(mesh.shape[axis] for axis in _rule("batch"))
 
 
 def use_mesh_of(tree: Any) -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Batches, stream
 from glm_jax.errors import UserError
 from glm_jax.files import locked, write_json_atomic
-from glm_jax.parallel.mesh import put
+from glm_jax.parallel.mesh import put, use_rules
 from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
@@ -62,7 +62,8 @@ def train(config: Any, workdir: Path) -> Finished:
     run = setup.build(config)
     identity = setup.identity(config, run.task)
     setup.check_same_run(workdir, identity)
-    with jax.set_mesh(run.mesh), setup.matmul_precision(config):
+    with (jax.set_mesh(run.mesh), use_rules(config.mesh.rules),
+          setup.matmul_precision(config)):
         loop = Loop(config, workdir, run, started)
         if config.log.wandb_project:
             import_wandb()

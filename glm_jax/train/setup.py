@@ -21,7 +21,7 @@ from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, voc
 from glm_jax.errors import UserError
 from glm_jax.files import sha256_of_all
 from glm_jax.models import architecture_of
-from glm_jax.parallel.mesh import data_ways, make_mesh
+from glm_jax.parallel.mesh import data_ways, make_mesh, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
 from glm_jax.tasks.pretrain import Pretrain
@@ -79,14 +79,16 @@ def build(config: Any) -> Run:
       UserError: for whatever is wrong with the config, the data or the weights.
     """
     check_numbers(config)
-    mesh = make_mesh({k: v for k, v in config.mesh.items() if k != "cpu_devices"})
-    rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
-    if rows % ways:
-        raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × fsdp "
-                        f"= {ways}")
-    tokenizer = tokenizer_of(config)
-    task = make_task(config, tokenizer)
-    return Run(mesh, tokenizer, task, make_parts(config, task.head, task.labels, mesh, tokenizer))
+    mesh = make_mesh({k: v for k, v in config.mesh.items() if k not in ("cpu_devices", "rules")})
+    with use_rules(config.mesh.rules):
+        rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
+        if rows % ways:
+            raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × "
+                            f"fsdp × expert = {ways}")
+        tokenizer = tokenizer_of(config)
+        task = make_task(config, tokenizer)
+        parts = make_parts(config, task.head, task.labels, mesh, tokenizer)
+    return Run(mesh, tokenizer, task, parts)
 
 
 def folders(config: Any) -> tuple[Path, Path]:

@@ -245,7 +245,7 @@ def test_on_a_mesh_it_begins_and_learns_alike(make, shake):
 
     begun, loss, gradient = run(make_mesh({}))
     for sizes, split in (({"fsdp": 2, "tensor": 2}, {"fsdp", "tensor"}),
-                         ({"fsdp": 2, "sequence": 2}, {"fsdp", None})):
+                         ({"fsdp": 2, "sequence": 2}, {("fsdp", "sequence"), None})):
         begun_there, loss_there, gradient_there = run(make_mesh(sizes))
         for here, there in zip(begun, begun_there, strict=True):
             np.testing.assert_array_equal(here, there)

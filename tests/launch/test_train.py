@@ -48,7 +48,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
      "needs 8 devices, but there are 1; lower the sizes or, to simulate them on a CPU, set "
      "--config.mesh.cpu_devices=8"),
     (("--config.mesh.cpu_devices=8", "--config.batch.rows=12"),
-     "batch.rows=12 must be a multiple of batch.accumulate × data × fsdp = 8"),
+     "batch.rows=12 must be a multiple of batch.accumulate × data × fsdp × expert = 8"),
     (("--config.batch.accumulate=3",), "= 3"),
     (("--config.eval.every=0",), "eval.every=0"),
     (("--config.optimizer.schedule=cosin",), "choose one of constant, linear, cosine"),

@@ -125,7 +125,8 @@ def alone(tmp_path_factory):
     return folder, *loss(adapted(folder))
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [  # two rows: split over `expert` only where nothing else does
+    {"expert": 8}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "tensor": 2}])
 def test_experts_on_a_mesh_equal_one_device(alone, sizes):
     """With an adapter on them, too; gradients of all parameters."""
     folder, wanted_value, wanted = alone

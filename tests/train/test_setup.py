@@ -43,6 +43,17 @@ def test_scratch_does_not_begin_with_the_weights(smoke):
     assert (scratch["embed_tokens.embedding"] != full["embed_tokens.embedding"]).any()
 
 
+def test_rules_of_the_config_say_how_parameters_lie(smoke):
+    config = smoke(**{"mesh.fsdp": 2, "mesh.tensor": 2})
+    config.mesh.rules = {"embed": None, "mlp": ["tensor", "fsdp"]}
+    parts = setup.build(config).parts
+    down = by_path(parts.frozen)["layers.mlp.down_proj.kernel"]
+    assert tuple(down.sharding.spec) == (None, ("tensor", "fsdp"), None)
+    config.mesh.rules = {"wide": None}
+    with pytest.raises(UserError, match="'wide' is no axis of an array"):
+        setup.build(config)
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"batch.rows": 0}, "batch.rows=0: it must be at least 1"),
     ({"batch.accumulate": 0}, "batch.accumulate=0"),
