@@ -15,7 +15,7 @@ from flax import nnx
 from glm_jax.errors import UserError
 from glm_jax.models.config import MultiHeadConfig
 from glm_jax.models.weights import Weight, linear, norm
-from glm_jax.nn.attention import Cache
+from glm_jax.nn.attention import Cache, Mask
 from glm_jax.nn.batch import Array, Batch, bidirectional_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, pooled, run
 from glm_jax.nn.compute import Compute
@@ -59,7 +59,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(hidden, config.intermediate_size, gelu, std, rngs)
         self.output_layernorm = LayerNorm(hidden, config.layer_norm_eps)
 
-    def __call__(self, x: jax.Array, mask: Array, kv: Any, start: Any, keys: Keys
+    def __call__(self, x: jax.Array, mask: Mask, kv: Any, start: Any, keys: Keys
                  ) -> tuple[jax.Array, Any]:
         attended, kv = self.self_attn(x, mask, kv, start, keys[:4])
         x = self.attention_layernorm(x + attended)
@@ -104,7 +104,7 @@ class Bert(nnx.Module):
              + self.embed_positions(jnp.asarray(batch.positions)[:, 0], self.dtype)
              + self.embed_types(jnp.asarray(types), self.dtype))
         x = self.embed_layernorm(constrain(x, "batch", "length", None))
-        return run(self.layers, x, batch, cache, key)
+        return run(self.layers, self.compute, x, batch, cache, key)
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """The pooler's output for hidden states of first tokens, `[..., hidden]`."""

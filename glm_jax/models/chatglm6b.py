@@ -16,7 +16,7 @@ from flax import nnx
 
 from glm_jax.models.config import MultiHeadConfig
 from glm_jax.models.weights import Weight, linear, transformer
-from glm_jax.nn.attention import Cache
+from glm_jax.nn.attention import Cache, Mask
 from glm_jax.nn.batch import Array, Batch, blank_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, pooled, run
 from glm_jax.nn.compute import Compute
@@ -104,7 +104,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = LayerNorm(hidden, eps)
         self.mlp = MLP(hidden, config.inner_hidden_size, gelu_tanh, std, rngs)
 
-    def __call__(self, x: jax.Array, mask: Array, kv: Any, start: Any, keys: Keys, tables: Any
+    def __call__(self, x: jax.Array, mask: Mask, kv: Any, start: Any, keys: Keys, tables: Any
                  ) -> tuple[jax.Array, Any]:
         def turn(y: jax.Array) -> jax.Array:
             halves = jnp.split(y, 2, axis=-1)
@@ -145,7 +145,7 @@ class ChatGLM6B(nnx.Module):
         tables = [rotary_table(positions[:, n], frequencies, self.dtype) for n in range(2)]
         x = constrain(self.embed_tokens(jnp.asarray(batch.tokens), self.dtype),
                       "batch", "length", None)
-        x, cache = run(self.layers, x, batch, cache, key, tables)
+        x, cache = run(self.layers, self.compute, x, batch, cache, key, tables)
         return self.norm(x), cache
 
     def vocabulary_kernel(self) -> jax.Array:

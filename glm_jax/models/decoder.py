@@ -14,8 +14,8 @@ from flax import nnx
 
 from glm_jax.errors import UserError
 from glm_jax.models.config import Config, want_parts
-from glm_jax.nn.attention import Cache, attention
-from glm_jax.nn.batch import Array, Batch, visible
+from glm_jax.nn.attention import Cache, Mask, attention
+from glm_jax.nn.batch import Array, Batch
 from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, Linear, Product, RMSNorm, scan, stack, swiglu
 from glm_jax.nn.moe import over_mesh, route
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], mask: Array,
+    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], mask: Mask,
                  cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int,
                  keys: list[jax.Array | None]) -> tuple[jax.Array, Any]:
         """`[batch, length, hidden]`, and the layer's keys and values, those of `cache` included."""
@@ -201,7 +201,7 @@ class Layer(nnx.Module):
         if config.sandwich:
             self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(), norm()
 
-    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], mask: Array,
+    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array], mask: Mask,
                  cache: tuple[jax.Array, jax.Array] | None = None, start: jax.Array | int = 0,
                  key: jax.Array | None = None, counted: Array | None = None
                  ) -> tuple[jax.Array, Any, jax.Array | None]:
@@ -285,7 +285,7 @@ class Decoder(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.num_hidden_layers)
         seen = batch if cache is None else cache.extend(batch)
         start = 0 if cache is None else cache.length
-        mask = visible(batch.segments, batch.order, seen.segments, seen.order)
+        mask = Mask.of(self.compute, batch, seen)
 
         def call(layer: Layer, x: jax.Array, kv: Any, key: Any) -> tuple[jax.Array, Any]:
             x, kv, load = layer(x, rotary, mask, kv, start, key,

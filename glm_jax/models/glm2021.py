@@ -16,7 +16,7 @@ from flax import nnx
 from glm_jax.errors import UserError
 from glm_jax.models.config import MultiHeadConfig
 from glm_jax.models.weights import Weight, transformer
-from glm_jax.nn.attention import Cache
+from glm_jax.nn.attention import Cache, Mask
 from glm_jax.nn.batch import Array, Batch, blank_batch
 from glm_jax.nn.blocks import MLP, Keys, SelfAttention, run
 from glm_jax.nn.compute import Compute
@@ -85,7 +85,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = LayerNorm(hidden, 1e-5)
         self.mlp = MLP(hidden, 4 * hidden, gelu, std, rngs)
 
-    def __call__(self, x: jax.Array, mask: Array, kv: Any, start: Any, keys: Keys
+    def __call__(self, x: jax.Array, mask: Mask, kv: Any, start: Any, keys: Keys
                  ) -> tuple[jax.Array, Any]:
         attended, kv = self.self_attn(self.input_layernorm(x), mask, kv, start, keys[:4])
         x = x + attended
@@ -117,7 +117,8 @@ class Glm2021(nnx.Module):
         x = (self.embed_tokens(jnp.asarray(batch.tokens), self.dtype)
              + self.embed_positions(positions[:, 0], self.dtype)
              + self.embed_blocks(positions[:, 1], self.dtype))
-        x, cache = run(self.layers, constrain(x, "batch", "length", None), batch, cache, key)
+        x = constrain(x, "batch", "length", None)
+        x, cache = run(self.layers, self.compute, x, batch, cache, key)
         return self.norm(x), cache
 
     def vocabulary_kernel(self) -> jax.Array:

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.nn.batch import Array, Batch
+from glm_jax.nn.batch import Array, Batch, visible
+from glm_jax.nn.compute import Compute
 
 
 @jax.tree_util.register_dataclass
@@ -48,19 +49,56 @@ class Cache:
         return Cache(keys, values, segments, order, positions, self.length)
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys each query sees, by the rule of `Batch`; made once, ahead of the layers.
+
+    Attributes:
+      query_segments, query_order: `[batch, queries]` int32.
+      key_segments, key_order: `[batch, keys]` int32.
+      dense: `[batch, queries, keys]` bool for the reference; None for other kernels.
+      compute: its kernel is what `attention` runs.
+    """
+
+    query_segments: Array
+    query_order: Array
+    key_segments: Array
+    key_order: Array
+    dense: Any
+    compute: Compute = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, compute: Compute, batch: Batch, seen: Batch | Cache) -> "Mask":
+        """What the tokens of `batch` see of `seen`: the batch itself, or a cache that holds it."""
+        sides = (batch.segments, batch.order, seen.segments, seen.order)
+        if isinstance(seen, Cache):  # few queries, and keys that nobody has sorted
+            compute = dataclasses.replace(compute, kernel="reference")
+        return cls(*sides, visible(*sides) if compute.kernel == "reference" else None, compute)
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim)) v over the keys that `mask` shows, by its kernel.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key, value: `[batch, keys, kv_heads, head_dim]`.
+
+    Returns:
+      `[batch, queries, heads, head_dim]`.
+    """
+    again = mask.compute.remat == "attention"
+    return (jax.checkpoint(reference) if again else reference)(query, key, value, mask.dense)
+
+
+def reference(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array) -> jax.Array:
+    """`attention` by the book, with the softmax in float32.
 
     Query heads that share a key head are folded into rows, so that each group is one matrix
     product. Rows that see nothing (padding) come out as a mean of values, not as NaN.
 
     Args:
-      query: `[batch, queries, heads, head_dim]`.
-      key, value: `[batch, keys, kv_heads, head_dim]`.
       mask: `[batch, queries, keys]` bool, True where a query sees a key.
-
-    Returns:
-      `[batch, queries, heads, head_dim]`.
     """
     batch, queries, heads, dim = query.shape
     groups = key.shape[2]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.errors import UserError
-from glm_jax.nn.attention import Cache, attention
-from glm_jax.nn.batch import Array, Batch, visible
+from glm_jax.nn.attention import Cache, Mask, attention
+from glm_jax.nn.batch import Batch
+from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Linear, scan
 from glm_jax.parallel.mesh import constrain
 
@@ -31,13 +32,12 @@ class SelfAttention(nnx.Module):
             for _ in range(3))
         self.dense = Linear(hidden, hidden, (whole, "embed"), bias=True, std=std, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: Array, cache: tuple[jax.Array, jax.Array] | None,
+    def __call__(self, x: jax.Array, mask: Mask, cache: tuple[jax.Array, jax.Array] | None,
                  start: jax.Array | int, keys: Keys,
                  turn: Callable[[jax.Array], jax.Array] = lambda x: x) -> tuple[jax.Array, Any]:
         """`[batch, length, hidden]`, and the layer's keys and values, those of `cache` included.
 
         Args:
-          mask: `[batch, length, keys]` bool.
           start: the cache's slot of the first token.
           keys: four, for the adapters' dropout.
           turn: rotates queries and keys `[batch, length, heads, head_dim]`.
@@ -67,7 +67,7 @@ class MLP(nnx.Module):
         return self.down(self.activation(self.up(x, keys[0])), keys[1])
 
 
-def run(layers: nnx.Module, x: jax.Array, batch: Batch, cache: Cache | None,
+def run(layers: nnx.Module, compute: Compute, x: jax.Array, batch: Batch, cache: Cache | None,
         key: jax.Array | None, *more: Any) -> tuple[jax.Array, Cache | None]:
     """Stacked layers on `x [batch, length, hidden]`, each seeing what `batch` lets it see.
 
@@ -80,7 +80,7 @@ def run(layers: nnx.Module, x: jax.Array, batch: Batch, cache: Cache | None,
     """
     seen = batch if cache is None else cache.extend(batch)
     start = 0 if cache is None else cache.length
-    mask = visible(batch.segments, batch.order, seen.segments, seen.order)
+    mask = Mask.of(compute, batch, seen)
     keys = None
     if key is not None:
         keys = jax.random.split(key, (len(jax.tree.leaves(nnx.state(layers))[0]), 6))
