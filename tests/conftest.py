@@ -8,6 +8,7 @@ from typing import Any
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # it only compiles here: any number may at a time
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -298,7 +298,8 @@ class Decoder(nnx.Module):
             own = (kv, keys)
             if len(stacks) > 1:  # else nothing is to be cut, and no cache copied
                 own = (kv and (kv[0][part], kv[1][part]), None if keys is None else keys[part])
-            x, (kv_out, load) = scan(getattr(self, name), call, x, *own, unroll=cache is None)
+            x, (kv_out, load) = scan(getattr(self, name), call, x, *own, unroll=cache is None,
+                                     compute=self.compute)
             filled.append(kv_out)
         if isinstance(seen, Batch):
             return self.norm(x), None, load

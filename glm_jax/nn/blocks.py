@@ -91,7 +91,7 @@ def run(layers: nnx.Module, compute: Compute, x: jax.Array, batch: Batch, cache:
         return constrain(x, "batch", "length", None), None if cache is None else kv
 
     kv = None if cache is None else (cache.keys, cache.values)
-    x, kv = scan(layers, call, x, kv, keys, unroll=cache is None)
+    x, kv = scan(layers, call, x, kv, keys, unroll=cache is None, compute=compute)
     if isinstance(seen, Batch):
         return x, None
     return x, dataclasses.replace(seen, keys=kv[0], values=kv[1],

@@ -2,6 +2,25 @@
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+LAYER_INPUT = "layer_input"
+_policies = jax.checkpoint_policies
+
+# What of each layer is kept for the derivative (Chen et al. 2016, arXiv:1604.06174); the rest is
+# computed again. `attention` is not here: it keeps all that lies outside of attention.
+KEPT: dict[str, Any] = {
+    "full": _policies.nothing_saveable,  # beside the layer's input
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device", offload_dst="pinned_host"),
+}
+REMAT = ("none", "attention", *KEPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,8 +29,21 @@ class Compute:
 
     Attributes:
       kernel: of attention.
-      remat: what of a layer is computed again for the derivative in place of being kept.
+      remat: one of `REMAT`: what of a layer is computed again for the derivative in place of being
+        kept. `none`; `attention`, its scores and weights; `dots`, all but the products of
+        activations and kernels; `full`, all but the layer's input; `offload`, as `full`, and that
+        input waits in the host's memory.
     """
 
     kernel: str = "reference"
     remat: str = "none"
+
+    def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""
+        if self.remat not in KEPT:
+            return body
+        return jax.checkpoint(lambda x, inputs: body(checkpoint_name(x, LAYER_INPUT), inputs),
+                              policy=KEPT[self.remat], prevent_cse=False)  # a loop prevents it
+
+
+PLAIN = Compute()

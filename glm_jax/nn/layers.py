@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from glm_jax.nn.compute import PLAIN, Compute
 from glm_jax.nn.matmul import matmul
 from glm_jax.parallel.mesh import constrain
 
@@ -142,13 +143,15 @@ def apart(model: nnx.Module) -> nnx.Module:
 
 
 def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.Array,
-         *per_layer: Any, unroll: bool = True) -> tuple[jax.Array, Any]:
+         *per_layer: Any, unroll: bool = True, compute: Compute = PLAIN
+         ) -> tuple[jax.Array, Any]:
     """Runs stacked layers one after another: `x, y = call(layer, x, *slices of per_layer)`.
 
     One compiled body serves all layers: compile time and the number of collectives don't grow
     with depth. A few layers on one device are unrolled: that saves the copies in and out of the
     stacks in training; in a decoding loop it costs more, and `unroll=False` leaves it. Returns the
-    last `x` and the stacked `y`; of layers that are `apart` tuples of each layer's `y`.
+    last `x` and the stacked `y`; of layers that are `apart` tuples of each layer's `y`. What is
+    kept of each layer for the derivative is `compute.remat`'s.
     """
     if isinstance(layers, nnx.List):
         ys = []
@@ -160,9 +163,11 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
-    few = unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
+    few = (unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
+           and compute.remat == "none")  # XLA would undo what is computed again outside of a loop
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
 
-    return jax.lax.scan(body, x, (state, *per_layer), unroll=count if few else 1)
+    return jax.lax.scan(compute.layer(body), x, (state, *per_layer),
+                        unroll=count if few else 1)

@@ -21,6 +21,7 @@ from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, voc
 from glm_jax.errors import UserError
 from glm_jax.files import sha256_of_all
 from glm_jax.models import architecture_of
+from glm_jax.nn.compute import REMAT, Compute
 from glm_jax.parallel.mesh import data_ways, make_mesh, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
@@ -29,10 +30,10 @@ from glm_jax.train.step import bind, by_path
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What may differ when a run goes on: the mesh, what is logged, and where files lie. The files
-# themselves are compared by their hashes.
-FREE = ("mesh", "log", "model.path", "model.tokenizer", "task.train", "task.dev", "task.test",
-        "task.corpus")
+# What may differ when a run goes on: the mesh, what is recomputed, what is logged, and where files
+# lie. The files themselves are compared by their hashes.
+FREE = ("mesh", "log", "model.remat", "model.path", "model.tokenizer", "task.train", "task.dev",
+        "task.test", "task.corpus")
 
 
 # The least that a field may be; without it a run would fail late, or do nothing.
@@ -126,6 +127,10 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
     What trains is kept in float32, what does not in the dtype that is computed in.
     """
     model = make_model(config, head, labels, mesh)
+    model.compute = compute_of(config, mesh)
+    if model.compute.remat != "none" and not hasattr(model, "layers"):
+        raise UserError(f"model.remat={model.compute.remat!r}: {model.config.model_type} has no "
+                        "stack of layers, of which something could be computed again")
     check_belongs(tokenizer, model.config.to_dict())
     lora_config = None
     if config.adapter.name == "lora":
@@ -167,6 +172,17 @@ def dtype_of(config: Any) -> Any:
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[config.model.dtype]
+
+
+def compute_of(config: Any, mesh: Mesh) -> Compute:
+    """How the model computes on the devices of `mesh`."""
+    remat, device = config.model.get("remat", "none"), mesh.devices.flat[0]
+    if remat not in REMAT:
+        raise UserError(f"model.remat={remat!r}: choose one of {', '.join(REMAT)}")
+    if remat == "offload" and device.platform == "cpu":
+        raise UserError("model.remat='offload': a CPU's arrays lie in the host's memory already; "
+                        "choose 'full'")
+    return Compute(remat=remat)
 
 
 def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:

@@ -37,6 +37,13 @@ def test_what_trains(smoke, variant, trained):
         assert set(by_path(parts.trainable)) == trained
 
 
+def test_what_is_computed_again_is_the_configs_choice(smoke):
+    parts = setup.build(smoke(**{"model.remat": "dots"})).parts
+    assert parts.model(by_path(parts.trainable)).compute.remat == "dots"
+    with pytest.raises(UserError, match=r"model\.remat=.full.: conv_rnn has no stack of layers"):
+        setup.build(smoke("conv-rnn", **{"model.remat": "full"}))
+
+
 def test_scratch_does_not_begin_with_the_weights(smoke):
     scratch, full = (by_path(setup.build(smoke(v)).parts.trainable) for v in ("scratch", "full"))
     assert {k: v.shape for k, v in scratch.items()} == {k: v.shape for k, v in full.items()}
@@ -57,6 +64,8 @@ def test_rules_of_the_config_say_how_parameters_lie(smoke):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"batch.rows": 0}, "batch.rows=0: it must be at least 1"),
     ({"batch.accumulate": 0}, "batch.accumulate=0"),
+    ({"model.remat": "some"}, "model.remat='some': choose one of none, attention, full, dots, off"),
+    ({"model.remat": "offload"}, "model.remat='offload': a CPU's arrays lie in the host's memory"),
     ({"log.every": 0}, "log.every=0"),
     ({"max_skipped": 0}, "max_skipped=0"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
