@@ -76,7 +76,7 @@ class LoRA(nnx.Module):
     Beside stacked layers, and experts, both have their leading axes too.
     """
 
-    def __init__(self, lora_a: jax.Array, lora_b: jax.Array, axes: tuple[str, ...],
+    def __init__(self, lora_a: Any, lora_b: Any, axes: tuple[str, ...],
                  config: LoRAConfig):
         self.axes, self.scale, self.dropout = axes[-2:], config.scale, config.lora_dropout
         self.lora_a = nnx.Param(lora_a, axes=(*axes[:-1], "rank"))
@@ -214,6 +214,7 @@ def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, strict: bool
 
     A is uniform as PEFT's, B zero, in float32; they compute in the dtype of the activations. What
     an adapter begins with depends on `seed` and its path only: not on other targets or the mesh.
+    That of an abstract model (`convert.hf.init_model`) is abstract.
 
     Args:
       model: with stacked layers, without adapters.
@@ -227,16 +228,22 @@ def attach(model: nnx.Module, config: LoRAConfig, *, seed: int = 0, strict: bool
         raise UserError(f"lora: {adapted[0]} has an adapter already; merge or detach it first")
     mesh = _mesh_of(layers.values())
     for path, layer in layers.items():
-        *stack, inputs, outputs = layer.kernel.get_value().shape
+        kernel = layer.kernel.get_value()
+        *stack, inputs, outputs = kernel.shape
         *lead, into, out = layer.axes
-        # On the host: compiling the generator of jax.random for every shape takes seconds.
-        random = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
-        bound = inputs ** -0.5  # kaiming_uniform_(a=sqrt(5)) of torch
-        a = random.uniform(-bound, bound, (*stack, inputs, config.r)).astype(np.float32)
-        b = np.zeros((*stack, config.r, outputs), np.float32)
-        layer.adapter = LoRA(jax.device_put(a, sharding((*lead, into, "rank"), a.shape, mesh)),
-                             jax.device_put(b, sharding((*lead, "rank", out), b.shape, mesh)),
-                             layer.axes, config)
+        shapes = (*stack, inputs, config.r), (*stack, config.r, outputs)
+        places = [sharding(axes, shape, mesh) for axes, shape in zip(
+            ((*lead, into, "rank"), (*lead, "rank", out)), shapes, strict=True)]
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            a, b = (jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+                    for shape, place in zip(shapes, places, strict=True))
+        else:
+            # On the host: compiling the generator of jax.random for every shape takes seconds.
+            random = np.random.Generator(np.random.PCG64([seed, zlib.crc32(path.encode())]))
+            bound = inputs ** -0.5  # kaiming_uniform_(a=sqrt(5)) of torch
+            a, b = jax.device_put((random.uniform(-bound, bound, shapes[0]).astype(np.float32),
+                                   np.zeros(shapes[1], np.float32)), tuple(places))
+        layer.adapter = LoRA(a, b, layer.axes, config)
     for first, *others in groups(model, config.target_modules):
         for path in others:
             if path in layers:  # the same parameter: its gradient is the sum over the group

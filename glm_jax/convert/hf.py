@@ -115,17 +115,24 @@ def open_folder(folder: str | Path, head: str | None = None, **overrides: Any) -
 
 
 def init_model(architecture: Any, config: Any, head: str, *, dtype: Any = jnp.float32,
-               param_dtype: Any = None, mesh: Mesh | None = None, seed: int = 0) -> Any:
-    """The same model with random weights: truncated at nothing, std `initializer_range`."""
+               param_dtype: Any = None, mesh: Mesh | None = None, seed: int = 0,
+               abstract: bool = False) -> Any:
+    """The same model with random weights: truncated at nothing, std `initializer_range`.
+
+    With `abstract` it has none: in their place stand `jax.ShapeDtypeStruct`s with shardings, from
+    which a step can be compiled for devices that are not there.
+    """
     return assemble(architecture, config, head, None, dtype=dtype, param_dtype=param_dtype or dtype,
-                    mesh=mesh or make_mesh({"data": 1}), seed=seed)
+                    mesh=mesh or make_mesh({"data": 1}), seed=seed, abstract=abstract)
 
 
 def assemble(architecture: Any, config: Any, head: str, released: Source | None, *, dtype: Any,
-             param_dtype: Any, mesh: Mesh, seed: int, named: str = "") -> Any:
+             param_dtype: Any, mesh: Mesh, seed: int, named: str = "", abstract: bool = False
+             ) -> Any:
     """Builds the module abstractly, then fills each parameter from the file or at random.
 
-    `named` is the head of the folder; what another one needs besides begins random.
+    `named` is the head of the folder; what another one needs besides begins random. `abstract` is
+    that of `init_model`.
 
     Raises:
       UserError: for a head that Hugging Face has no class of, so that none could be exported.
@@ -138,27 +145,31 @@ def assemble(architecture: Any, config: Any, head: str, released: Source | None,
         return architecture.model(config, head, dtype, rngs=nnx.Rngs(seed))
 
     model = nnx.eval_shape(build)
-    abstract = flat(model)
+    params = flat(model)
     table = plain_table(architecture, config, head)
     exact = exact_paths(model)
-    kept = {path: jnp.float32 if path in exact else param_dtype for path in abstract}
-    random: set[str] = set(abstract)
+    kept = {path: jnp.float32 if path in exact else param_dtype for path in params}
+    random: set[str] = set(params)
     if released is not None:
-        random = check(released, architecture, config, head, named or head, abstract)
+        random = check(released, architecture, config, head, named or head, params)
     shardings = {path: sharding(p.get_metadata("axes"), p.get_value().shape, mesh)
-                 for path, p in abstract.items()}
-    initial: dict[str, jax.Array] = {}
-    if random:
+                 for path, p in params.items()}
+    initial: dict[str, Any] = {}
+    if abstract:
+        initial = {path: jax.ShapeDtypeStruct(p.get_value().shape, kept[path],
+                                              sharding=shardings[path])
+                   for path, p in params.items()}
+    elif random:
         def draw() -> dict[str, jax.Array]:
             drawn = flat(build())
             return {path: drawn[path].get_value().astype(kept[path]) for path in sorted(random)}
         initial = jax.jit(draw, out_shardings={path: shardings[path] for path in random})()
-    read = readers(released, table, abstract) if released is not None else {}
-    for path, param in abstract.items():
+    read = readers(released, table, params) if released is not None else {}
+    for path, param in params.items():
         param.set_value(initial[path] if path in random else
                         _sharded(read[path], shardings[path], kept[path]))
     nnx.update(model, nnx.from_flat_state(
-        [(tuple(path.split(".")), param) for path, param in abstract.items()]))
+        [(tuple(path.split(".")), param) for path, param in params.items()]))
     return model
 
 

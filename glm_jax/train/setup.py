@@ -120,18 +120,21 @@ def check_numbers(config: Any) -> None:
         raise UserError(f"epochs={config.epochs}: it must be positive where steps is 0")
 
 
-def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokenizer: Tokenizer
-               ) -> Parts:
+def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh,
+               tokenizer: Tokenizer | None, abstract: bool = False) -> Parts:
     """The model that a config asks for, its adapter attached, split by `config.trainable`.
 
-    What trains is kept in float32, what does not in the dtype that is computed in.
+    What trains is kept in float32, what does not in the dtype that is computed in. With `abstract`
+    no weights are read, only the model's `config.json` (or `model.config`), and the parameters are
+    `jax.ShapeDtypeStruct`s with shardings on the mesh, whose devices need not be there.
     """
-    model = make_model(config, head, labels, mesh)
+    model = make_model(config, head, labels, mesh, abstract)
     model.compute = compute_of(config, mesh)
     if model.compute.remat != "none" and not hasattr(model, "layers"):
         raise UserError(f"model.remat={model.compute.remat!r}: {model.config.model_type} has no "
                         "stack of layers, of which something could be computed again")
-    check_belongs(tokenizer, model.config.to_dict())
+    if tokenizer is not None:
+        check_belongs(tokenizer, model.config.to_dict())
     lora_config = None
     if config.adapter.name == "lora":
         if config.model.init != "pretrained":
@@ -153,11 +156,15 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh, tokeni
     if lora_config is not None:
         check_exportable(trainable, lora_config)
     dtype, exact = dtype_of(config), exact_paths(model)
-    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    trainable = jax.tree.map(lambda x: _cast(x, jnp.float32), trainable)
     frozen = nnx.map_state(
         lambda path, x: x if ".".join(map(str, path)) in exact else jax.tree.map(
-            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, x), frozen)
+            lambda a: _cast(a, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, x), frozen)
     return Parts(graphdef, trainable, frozen, lora_config)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
 
 
 def check_exportable(trainable: nnx.State, config: lora.LoRAConfig) -> None:
@@ -220,19 +227,21 @@ def raw_config(config: Any) -> tuple[Any, dict[str, Any]]:
     return architecture_of(raw, str(path)), raw
 
 
-def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh) -> Any:
-    """The model with a head: loaded from `model.path`, or random (`model.init`)."""
+def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstract: bool = False
+               ) -> Any:
+    """The model with a head: loaded from `model.path`, or random (`model.init`), or `abstract`."""
     fields: dict[str, Any] = {"id2label": dict(enumerate(labels))} if labels else {}
     dtype = dtype_of(config)
-    if config.model.init == "pretrained":
-        kept = dtype if config.adapter.name else jnp.float32
+    kept = dtype if config.adapter.name else jnp.float32
+    if config.model.init == "pretrained" and not abstract:
         return load_model(folders(config)[0], head=head, dtype=dtype, param_dtype=kept, mesh=mesh,
                           seed=config.seed, **fields)
-    if config.model.init != "random":
+    if config.model.init not in ("pretrained", "random"):
         raise UserError(f"model.init={config.model.init!r}: choose 'pretrained' or 'random'")
     architecture, raw = raw_config(config)
     return init_model(architecture, architecture.config.from_dict({**raw, **fields}), head,
-                      dtype=dtype, param_dtype=jnp.float32, mesh=mesh, seed=config.seed)
+                      dtype=dtype, param_dtype=kept, mesh=mesh, seed=config.seed,
+                      abstract=abstract)
 
 
 def identity(config: Any, task: Task) -> dict[str, Any]:

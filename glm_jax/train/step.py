@@ -1,6 +1,7 @@
 """The training step: one jitted function over (trainable state, frozen parameters, batch)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,20 +27,49 @@ def bind(template: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
                                 for path, leaf in nnx.to_flat_state(template)])
 
 
-def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation,
+def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransformation,
                mesh: Mesh, ema: float = 0.0) -> State:
     """Trainable parameters (float32 or the config's), optimizer state and counters, on the mesh.
 
-    With `ema`, also the parameters' running average, which begins where they do.
+    With `ema`, also the parameters' running average, which begins where they do. Of abstract
+    parameters (`jax.ShapeDtypeStruct`s with shardings) it makes an abstract state.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
-    # Called eagerly, so that the moments inherit the parameters' shardings.
-    opt = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else
-                       jax.device_put(x, whole), optimizer.init(trainable))
-    counters = {name: jax.device_put(jnp.int32(0), whole)
-                for name in ("step", "skipped", "skipped_in_a_row")}
-    average = {"average": jax.tree.map(jnp.copy, trainable)} if ema else {}
-    return {"trainable": trainable, "optimizer": opt, **average, **counters}
+    def begin(trainable: Mapping[str, Any]) -> State:
+        average = {"average": jax.tree.map(jnp.copy, trainable)} if ema else {}
+        counters = ("step", "skipped", "skipped_in_a_row")
+        return {"optimizer": optimizer.init(trainable), **average,
+                **{name: jnp.int32(0) for name in counters}}
+
+    shapes = jax.eval_shape(begin, trainable)
+    where = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _beside(path, leaf, trainable, mesh)), shapes)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in trainable.values()):
+        rest = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, where)
+    else:
+        rest = jax.jit(begin, out_shardings=where)(trainable)
+    return {"trainable": trainable, **rest}
+
+
+def _beside(path: tuple[Any, ...], leaf: Any, trainable: Mapping[str, Any], mesh: Mesh
+            ) -> PartitionSpec:
+    """How a leaf of the state is split: as the parameter that its path names, if any.
+
+    A statistic of fewer dimensions (factored) has those of the parameter that it kept; one of
+    fewer numbers (a scale for each block) is split where the mesh divides it.
+    """
+    found = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
+    if not found or not isinstance(found[0].sharding, NamedSharding):
+        return PartitionSpec()
+    shape, spec = found[0].shape, tuple(found[0].sharding.spec)
+    over = zip(shape, spec + (None,) * (len(shape) - len(spec)), strict=True)
+    if leaf.ndim < len(shape):
+        split = [next((axes for size, axes in over if size == own), None) for own in leaf.shape]
+    else:
+        split = [axes for _, axes in over]
+    ways = [math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+            for axes in split]
+    return PartitionSpec(*(axes if size % n == 0 else None
+                           for axes, size, n in zip(split, leaf.shape, ways, strict=True)))
 
 
 def judged(state: State) -> dict[str, jax.Array]:
