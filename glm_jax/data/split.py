@@ -5,9 +5,9 @@ import logging
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -19,6 +19,16 @@ from glm_jax.errors import UserError
 SPLITS = ("train", "dev", "test")
 HEAD = 20  # texts that share this many first normalised characters are near-duplicates, ...
 FEW = 5  # ... unless more texts than this share them: then they are a form, not a repetition
+
+
+class Row(Protocol):
+    """What is cut: `text` tells near-duplicates."""
+
+    @property
+    def text(self) -> str: ...
+
+
+R = TypeVar("R", bound=Row)
 
 
 class Grams(NamedTuple):
@@ -112,8 +122,8 @@ def unit_hash(text: str) -> float:
 
 
 def hash_split(
-    examples: Sequence[Example], fractions: Sequence[float] = (0.8, 0.1, 0.1)
-) -> dict[str, list[Example]]:
+    examples: Sequence[R], fractions: Sequence[float] = (0.8, 0.1, 0.1)
+) -> dict[str, list[R]]:
     """Examples cut into train, dev and test by the hash of their near-duplicate group.
 
     The same rows land in the same split in whatever order they come; inside a split they keep
@@ -123,7 +133,7 @@ def hash_split(
     names = [name for name, part in zip(SPLITS, fractions, strict=True) if part]
     bounds = [sum(fractions[: i + 1]) for i, part in enumerate(fractions) if part]
     bounds[-1] = 1.0
-    cut: dict[str, list[Example]] = {name: [] for name in names}
+    cut: dict[str, list[R]] = {name: [] for name in names}
     for example, group in zip(examples, groups, strict=True):
         at = unit_hash(group)
         cut[next(n for n, bound in zip(names, bounds, strict=True) if at < bound)].append(example)
@@ -141,24 +151,34 @@ def load_splits(
     text_field: str = "text",
     label_field: str = "label",
 ) -> dict[str, list[Example]]:
-    """{"train": …, "dev": …, "test": …} from sources that `load_records` reads.
+    """{"train": …, "dev": …, "test": …} from sources that `load_records` reads; see `split`."""
+    return split(lambda source: load_records(source, text_field, label_field), train,
+                 {"dev": dev, "test": test})
 
-    What is not named and is no split of `train` either is cut from `train` by `hash_split`, a
-    tenth of it each; when both are named `train` is used whole. Raises UserError for an empty
-    split; logs when the cut is far from that, and how many dev and test rows repeat a training row.
+
+def split(load: Callable[[str], dict[str, list[R]]], train: str,
+          others: Mapping[str, str | None]) -> dict[str, list[R]]:
+    """The rows of `train` and of the `others`, "dev" or both "dev" and "test", by name.
+
+    What names no source and is no split of `train` either is cut from `train` by `hash_split`, a
+    tenth of it each; where all are named `train` is used whole. Raises UserError for an empty
+    split; logs when the cut is far from that, and how many of its rows repeat a training row.
+
+    Args:
+      load: gives the rows of a source by split, as `load_records` does.
     """
     if not train.strip():
         raise UserError("task.train is empty: name a file or a data set, such as "
                         f"--config.task.train=reviews.csv or {BUILT_IN}")
-    found = load_records(train, text_field, label_field)
+    found = load(train)
     splits = {"train": pick(found, "train", train)}
-    for name, source in (("dev", dev), ("test", test)):
+    for name, source in others.items():
         if source:
-            splits[name] = pick(load_records(source, text_field, label_field), name, source)
+            splits[name] = pick(load(source), name, source)
         else:
             own = next((found[n] for n in _NAMES[name] if n in found and n != "all"), None)
             splits |= {} if own is None else {name: own}
-    cut = [name for name in ("dev", "test") if name not in splits]
+    cut = [name for name in others if name not in splits]
     if cut:
         rows = len(splits["train"])
         parts = [0.1 if name in cut else 0.0 for name in ("dev", "test")]
@@ -172,10 +192,10 @@ def load_splits(
                 )
         _warn_shares(train, {name: len(splits[name]) for name in ("train", *cut)})
     _warn_repeats(splits)
-    return {name: splits[name] for name in SPLITS}
+    return {name: splits[name] for name in SPLITS if name in splits}
 
 
-def pick(found: dict[str, list[Example]], name: str, source: str) -> list[Example]:
+def pick(found: Mapping[str, list[R]], name: str, source: str) -> list[R]:
     """The split of a source that stands for `name`; the only one where there is one."""
     for key in _NAMES[name]:
         if key in found:
@@ -196,9 +216,9 @@ def _warn_shares(source: str, sizes: dict[str, int]) -> None:
                             round(wanted))
 
 
-def _warn_repeats(splits: dict[str, list[Example]]) -> None:
+def _warn_repeats(splits: Mapping[str, Sequence[Row]]) -> None:
     known = {example.text for example in splits["train"]}
-    for name in ("dev", "test"):
+    for name in (name for name in SPLITS[1:] if name in splits):
         repeats = sum(example.text in known for example in splits[name])
         if repeats:
             logging.warning("%d of %d rows of %s stand in train too: its scores will be too good",

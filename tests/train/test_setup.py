@@ -118,7 +118,7 @@ def test_rules_of_the_config_say_how_parameters_lie(smoke):
     ({"batch.rows": 6, "batch.accumulate": 4}, "batch.rows=6 must be a multiple"),
     ({"mesh.data": 8, "batch.rows": 12}, "batch.rows=12 must be a multiple"),
     ({"mesh.data": 3, "mesh.fsdp": 3}, "needs 9 devices, but there are 8"),
-    ({"task.name": "parsing"}, "choose 'classification' or 'pretrain'"),
+    ({"task.name": "parsing"}, "choose 'classification', 'instruction'"),
     ({"model.init": "zeros", "adapter.name": ""}, "choose 'pretrained' or 'random'"),
     ({"adapter.dropout": 1.0}, "lora_dropout"),
     ({"model.init": "random"}, "an adapter on random weights"),

@@ -1,0 +1,128 @@
+"""Instruction tuning: what precedes an answer is its prompt, and only answers are learned."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from glm_jax.data.chat import completion, encode_answers, encode_chat
+from glm_jax.data.conversations import Conversation
+from glm_jax.data.packing import Shape, assemble
+from glm_jax.errors import UserError
+from glm_jax.tasks.instruction import Instruction, whole_answers
+from glm_jax.train.load import load_trained
+from glm_jax.train.loop import train
+from tests.data.versions import tokenizer
+from tests.folders import rows
+
+TURNS = [("你好", "世界"), ("今天", "天气"), ("问", "答")]
+CHAT = [message for q, a in TURNS for message in (
+    {"role": "user", "content": q}, {"role": "assistant", "content": a})]
+
+
+def runs(mask):
+    edges = np.flatnonzero(np.diff([0, *map(int, mask), 0]))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize("version", ["chatglm1", "chatglm2", "chatglm3", "glm4"])
+def test_every_answer_is_learned_behind_the_prompt_of_inference(version):
+    ours = tokenizer(version)
+    taught = encode_answers(ours, CHAT)
+    assert len(taught) == (3 if version in ("chatglm1", "chatglm2") else 1)
+    found = [(ids, *run) for ids, mask in taught for run in runs(mask)]
+    assert len(found) == 3
+    for turn, (ids, begins, end) in enumerate(found):
+        prompt, _ = encode_chat(ours, CHAT[:2 * turn + 1], add_generation_prompt=True)
+        assert ids[:len(prompt)] == prompt
+        assert begins == len(prompt) - (version == "chatglm1")  # its <sop> is a target too
+        assert ours.decode(ids[len(prompt):end - 1]).strip() == TURNS[turn][1]
+        ends = {"glm4": "<|user|>", "chatglm3": "<|user|>" if turn < 2 else "<eos>"}
+        assert ids[end - 1] == ours.special.get(ends.get(version, ""), ours.eos_id)
+
+
+def test_thoughts_that_are_forgotten_are_learned_where_they_are_not():
+    ours = tokenizer("glm4")
+    thought = [*CHAT[:1], {"role": "assistant", "content": "<think>hm</think>世界"}, *CHAT[2:4]]
+    first, second = encode_answers(ours, thought, template="glm45")
+    assert "hm" in ours.decode(first[0]) and "hm" not in ours.decode(second[0])
+    assert len(encode_answers(ours, CHAT, template="glm45")) == 1
+
+
+def test_a_call_ends_where_its_result_begins_and_unlearned_answers_are_not_targets():
+    ours = tokenizer("glm4")
+    call = [CHAT[0], {"role": "assistant", "metadata": "get", "content": "{}", "loss": False},
+            {"role": "observation", "content": "22"}, CHAT[1]]
+    (ids, mask), = encode_answers(ours, call)
+    assert len(runs(mask)) == 1 and ours.decode(ids[runs(mask)[0][0]:]).strip() == "世界"
+    call[1]["loss"] = True
+    (ids, mask), = encode_answers(ours, call)
+    assert ids[runs(mask)[0][1] - 1] == ours.special["<|observation|>"]
+
+
+@pytest.mark.parametrize("version", ["chatglm1", "glm4", "glm2021"])
+def test_plain_is_the_prompt_of_a_text_then_the_answer_and_its_end(version):
+    ours = tokenizer(version)
+    (ids, mask), = encode_answers(ours, CHAT[:2], template="plain")
+    prompt = completion(ours, "你好")
+    assert ids[:len(prompt)] == prompt and runs(mask) == [(len(prompt), len(ids))]
+    assert ids[-1] == ours.special.get("<|endofpiece|>", ours.eos_id)
+    with pytest.raises(UserError, match="one question and its answer"):
+        encode_answers(ours, CHAT, template="plain")
+
+
+def make(version="glm4", length=64, template=None):
+    found = [Conversation(CHAT, None, "x:1"), Conversation(CHAT[:2], None, "x:2")]
+    shape = Shape(1, length, length)
+    return Instruction(ConfigDict(), tokenizer(version), shape, {"train": found}, template)
+
+
+def test_weights_by_position():
+    source = make().source("train")
+    batch = assemble([[source.piece(0, 0), source.piece(1, 0)]], Shape(1, 64, 64), 0)
+    whole = [encode_answers(tokenizer("glm4"), messages)[0] for messages in (CHAT, CHAT[:2])]
+    at = 0
+    for ids, mask in whole:
+        here = slice(at, at + len(ids) - 1)
+        np.testing.assert_array_equal(batch.tokens[0, here], ids[:-1])
+        np.testing.assert_array_equal(batch.targets[0, here], ids[1:])
+        np.testing.assert_array_equal(batch.weights[0, here], mask[1:])
+        at += len(ids) - 1
+    assert not batch.weights[0, at:].any() and source.lengths(0).tolist() == [
+        len(ids) - 1 for ids, _ in whole]
+
+
+def test_long_rows_are_cut_behind_a_whole_answer_and_counted(caplog):
+    first = whole_answers(encode_answers(tokenizer("glm4"), CHAT)[0][1], 10**6)
+    ends = [end for _, end in runs(encode_answers(tokenizer("glm4"), CHAT)[0][1])]
+    assert first == ends[-1]
+    with caplog.at_level(logging.WARNING):
+        kept = make(length=ends[1]).source("train")
+    assert len(kept.ids[0]) == ends[1] and "of 1 rows longer than" in caplog.text
+    assert "1 are cut behind an answer and 0," in caplog.text
+    with pytest.raises(UserError, match=r"no row of at most batch\.length=4"):
+        make(length=4).source("train")
+    with pytest.raises(UserError, match=r"x:1: message 1, role"):
+        one = Conversation([{"role": "robot", "content": ""}, *CHAT], None, "x:1")
+        make().encode([one])
+
+
+def test_the_config_runs_learns_and_its_adapter_loads(base, tmp_path):
+    from configs.chat import get_config
+    draw = np.random.default_rng(0)
+    lines = [json.dumps({"prompt": "".join(draw.choice(list("房间干净早餐差床单脏"), 9)),
+                         "response": "好"}, ensure_ascii=False) for _ in range(120)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = get_config("smoke")
+    config.update_from_flattened_dict({
+        "task.train": str(tmp_path / "a.jsonl"), "model.path": str(base), "mesh.data": 1,
+        "batch.length": 32, "log.tensorboard": False, "optimizer.learning_rate": 0.02})
+    finished = train(config, tmp_path / "run")
+    losses = [row["train/loss"] for row in rows(tmp_path / "run") if "train/loss" in row]
+    # The frozen, tied head of this tiny base leaves an answer's token 2.6 nats or so at best.
+    assert finished.result["exported"] == "adapter" and len(losses) == 20
+    assert finished.result["dev"]["loss"] < losses[0] - 1.5
+    from glm_jax.parallel.mesh import make_mesh
+    assert load_trained(tmp_path / "run" / "adapter", make_mesh({"data": 1})).model.head == "lm"
