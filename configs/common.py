@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
             "patience": 0,  # evaluations without a better one before the run stops; 0: never
         },
         "checkpoint": {"every": 0},  # steps; besides one with each evaluation
+        "profile": {"start": 10, "steps": 0},  # a trace of so many steps, behind the first `start`
         "log": {"every": 10, "tensorboard": True, "wandb_project": ""},
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1,
                  "cpu_devices": 0,  # so many simulated devices on a CPU

@@ -120,3 +120,22 @@ def visible(query_segments: Array, query_order: Array, key_segments: Array,
     """`[batch, queries, keys]` bool: which keys each query sees (the rule of `Batch`)."""
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return same & (key_order[:, None, :] <= query_order[:, :, None]) & (key_segments > 0)[:, None]
+
+
+def pairs(batch: Batch) -> jax.Array:
+    """How many pairs of a query and a key that it sees a batch has, float32; without the mask.
+
+    The tokens of a segment lie side by side, in their order.
+    """
+    segments, order = jnp.asarray(batch.segments), jnp.asarray(batch.order)
+    place = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+
+    def changes(*arrays: jax.Array) -> jax.Array:
+        """Where a token differs from the one before it."""
+        before = [jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=-1) for x in arrays]
+        return jnp.any(jnp.stack([x != y for x, y in zip(arrays, before, strict=True)]), axis=0)
+
+    first = jax.lax.cummax(jnp.where(changes(segments), place, 0), axis=1)
+    ends = jnp.pad(changes(segments, order)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, place, place[:, -1:]), axis=1, reverse=True)
+    return jnp.sum(jnp.where(segments > 0, last - first + 1, 0).astype(jnp.float32))

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -22,9 +22,12 @@ from glm_jax.parallel.mesh import put, use_rules
 from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
+from glm_jax.train.chips import chip_of
 from glm_jax.train.evaluation import Predictor
 from glm_jax.train.export import export
+from glm_jax.train.flops import Flops, training_flops
 from glm_jax.train.optimizer import make_optimizer, make_schedule
+from glm_jax.train.profile import Profile
 from glm_jax.train.report import write_report
 from glm_jax.train.step import by_path, init_state, judged, make_step
 from glm_jax.train.trackers import Tracker, import_wandb, open_tracker
@@ -102,6 +105,8 @@ class Loop:
                                        ema=config.optimizer.ema)
         self.predictor = Predictor(parts.graphdef, parts.trainable, parts.frozen, task.predict,
                                    run.mesh)
+        trained = by_path(parts.trainable)
+        self.flops = training_flops(parts.model(trained), trained)
         self.data = stream(batches)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.worst = math.inf if config.eval.metric in LOWER_IS_BETTER else -math.inf
@@ -124,22 +129,27 @@ class Loop:
                                        config=self.config.to_dict(),
                                        tensorboard=self.config.log.tensorboard,
                                        wandb_project=self.config.log.wandb_project)
-                with contextlib.closing(tracker), asked_to_stop() as asked:
-                    step = self.train(step, tracker, asked)
+                with (contextlib.closing(tracker), asked_to_stop() as asked,
+                      contextlib.closing(Profile(self.config.profile, self.workdir)) as profile):
+                    step = self.train(step, tracker, profile, asked)
             self.checkpoints.wait()
             return self.finish(step)
         finally:
             self.checkpoints.close()
 
-    def train(self, step: int, tracker: Tracker, asked: Callable[[], int | None]) -> int:
+    def train(self, step: int, tracker: Tracker, profile: Profile,
+              asked: Callable[[], int | None]) -> int:
         """Steps until the end, early stopping or a signal; returns the last step."""
-        config, log = self.config, Log(self.config, self.schedule, tracker)
+        config = self.config
+        log = Log(config, self.schedule, tracker, self.flops, list(self.mesh.devices.flat))
         before = self.host["seconds"]
         while not self.is_over(step):
             batch = put(next(self.data), self.mesh)
             log.before_step()
+            profile.before_step()
             self.state, metrics = self.step_function(self.state, self.parts.frozen, batch)
             step += 1
+            profile.after_step(metrics)
             log.put(step, metrics)  # reads the numbers of the step before, while this one runs
             if not self.first_step_seconds:
                 jax.block_until_ready(metrics)
@@ -225,8 +235,11 @@ class Loop:
 class Log:
     """Hands each step's numbers on one step late, so that reading them stops nothing."""
 
-    def __init__(self, config: Any, schedule: Callable[[int], Any], tracker: Tracker):
+    def __init__(self, config: Any, schedule: Callable[[int], Any], tracker: Tracker,
+                 flops: Flops, devices: Sequence[Any]):
         self.config, self.schedule, self.tracker = config, schedule, tracker
+        self.flops, self.devices = flops, len(devices)
+        self.chip = chip_of(devices[0].device_kind)
         self.waiting: tuple[int, Any] | None = None
         self.ended: float | None = None  # when the step that waits was done, if that is known
         self.skipped_in_a_row = 0
@@ -234,7 +247,7 @@ class Log:
 
     def restart_clock(self) -> None:
         """Tokens are counted from now on: evaluating and saving is not training."""
-        self.tokens, self.since = 0, time.monotonic()
+        self.tokens, self.pairs, self.since = 0, 0.0, time.monotonic()
 
     def before_step(self) -> None:
         """Notes the time if the step that waits is done: on a CPU the next may run at once."""
@@ -258,6 +271,7 @@ class Log:
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
         ended, self.ended = self.ended or time.monotonic(), None
         self.tokens += values["tokens"]
+        self.pairs += values["pairs"]
         self.skipped_in_a_row = values["skipped_in_a_row"]
         if self.skipped_in_a_row:
             logging.warning("step %d: loss %s or its gradient is not finite; the step is skipped",
@@ -269,12 +283,16 @@ class Log:
                     "look at the data of these steps")
         if step % self.config.log.every == 0:
             seconds = max(ended - self.since, 1e-9)
+            rates = {"train/tokens_per_second": self.tokens / seconds,
+                     "train/tokens_per_second_per_device": self.tokens / seconds / self.devices}
+            if self.chip:
+                rates["train/mfu"] = (self.flops.of(self.tokens, self.pairs)
+                                      / (seconds * self.devices * self.chip.flops))
             self.tracker.log(step, {
                 "train/loss": values["loss"], "train/grad_norm": values["grad_norm"],
                 "train/learning_rate": float(self.schedule(step - 1 - values["skipped"])),
-                "train/tokens_per_second": self.tokens / seconds,
-                "train/skipped": values["skipped"]})
-            self.tokens, self.since = 0, ended
+                "train/skipped": values["skipped"]} | rates)
+            self.tokens, self.pairs, self.since = 0, 0.0, ended
 
 
 @contextlib.contextmanager

@@ -35,17 +35,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What may differ when a run goes on: the mesh, what is recomputed, what is logged, and where files
 # lie. The files themselves are compared by their hashes.
-FREE = ("mesh", "log", "model.remat", "model.path", "model.tokenizer", "task.train", "task.dev",
-        "task.test", "task.corpus")
+FREE = ("mesh", "log", "profile", "model.remat", "model.path", "model.tokenizer", "task.train",
+        "task.dev", "task.test", "task.corpus")
 
 
 # The least that a field may be; without it a run would fail late, or do nothing.
 LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batch.examples": 1,
          "batch.accumulate": 1, "eval.every": 1, "eval.patience": 0, "checkpoint.every": 0,
-         "log.every": 1, "seed": 0, "optimizer.learning_rate": 0, "optimizer.warmup": 0,
-         "optimizer.final": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
-         "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 1e-30,
-         "optimizer.ema": 0, "mesh.cpu_devices": 0}
+         "log.every": 1, "profile.start": 0, "profile.steps": 0, "seed": 0,
+         "optimizer.learning_rate": 0, "optimizer.warmup": 0, "optimizer.final": 0,
+         "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "optimizer.b1": 0,
+         "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "mesh.cpu_devices": 0}
 MOST = {"steps": 2**31 - 1, "seed": 2**32 - 1, "optimizer.final": 1}
 
 

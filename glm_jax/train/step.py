@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glm_jax.nn.batch import Batch
+from glm_jax.nn.batch import Batch, pairs
 
 State = dict[str, Any]
 Loss = Callable[[Any, Batch, jax.Array | None], jax.Array]
@@ -140,7 +140,7 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
                 "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * bad}
         metrics = {"loss": value, "grad_norm": norm, "skipped": new["skipped"],
                    "skipped_in_a_row": new["skipped_in_a_row"],
-                   "tokens": jnp.sum(jnp.asarray(batch.segments) > 0)}
+                   "tokens": jnp.sum(jnp.asarray(batch.segments) > 0), "pairs": pairs(batch)}
         return new, metrics
 
     where = jax.tree.map(lambda x: x.sharding, state)

@@ -1,0 +1,40 @@
+"""A trace of a few steps for TensorBoard's profiler or Perfetto."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+
+class Profile:
+    """Traces `steps` steps behind the first `start` of a process into `workdir/profile`.
+
+    What compiles and warms up lies in the first steps, so `start` leaves these out.
+
+    Args:
+      config: with `start` and `steps`; 0 steps: no trace.
+    """
+
+    def __init__(self, config: Any, workdir: Path):
+        self.folder, self.done = workdir / "profile", 0
+        self.first, self.last = config.start, config.start + config.steps
+        self.running = False
+
+    def before_step(self) -> None:
+        if self.done == self.first < self.last:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after_step(self, result: Any) -> None:
+        self.done += 1
+        if self.running and self.done == self.last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is; at the end of the run at the latest."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+            logging.info("%s: a trace of steps %d to %d", self.folder, self.first + 1, self.done)
