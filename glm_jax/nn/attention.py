@@ -1,6 +1,7 @@
 """Grouped-query attention and the key-value cache, as functions on arrays."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 
 from glm_jax.nn.batch import Array, Batch, visible
 from glm_jax.nn.compute import Compute
+from glm_jax.nn.kernels import cudnn, over_mesh, splash, split_over
+from glm_jax.nn.ring import ring
 
 
 @jax.tree_util.register_dataclass
@@ -55,30 +58,38 @@ class Mask:
     """Which keys each query sees, by the rule of `Batch`; made once, ahead of the layers.
 
     Attributes:
-      query_segments, query_order: `[batch, queries]` int32.
-      key_segments, key_order: `[batch, keys]` int32.
-      dense: `[batch, queries, keys]` bool for the reference; None for other kernels.
-      compute: its kernel is what `attention` runs.
+      segments, order: `[batch, length]` int32, of the queries.
+      dense: `[batch, queries, keys]` bool; None where the kernel wants none, and the queries see
+        only each other.
+      kernel: that computes it: one of `kernels.choose`, or `ring`.
+      remat: whether scores and shares are computed again for the derivative of the reference.
     """
 
-    query_segments: Array
-    query_order: Array
-    key_segments: Array
-    key_order: Array
+    segments: Array
+    order: Array
     dense: Any
-    compute: Compute = dataclasses.field(metadata={"static": True})
+    kernel: str = dataclasses.field(metadata={"static": True})
+    remat: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, compute: Compute, batch: Batch, seen: Batch | Cache) -> "Mask":
         """What the tokens of `batch` see of `seen`: the batch itself, or a cache that holds it."""
-        sides = (batch.segments, batch.order, seen.segments, seen.order)
-        if isinstance(seen, Cache):  # few queries, and keys that nobody has sorted
-            compute = dataclasses.replace(compute, kernel="reference")
-        return cls(*sides, visible(*sides) if compute.kernel == "reference" else None, compute)
+        segments, order, kernel, dense = batch.segments, batch.order, compute.kernel, None
+        if isinstance(seen, Cache):  # few queries, and keys in any order
+            kernel = "reference"
+        elif split_over("length", segments.shape[1]):
+            kernel = "ring"
+        if kernel == "reference":
+            dense = visible(segments, order, seen.segments, seen.order)
+        if kernel == "cudnn":  # padding sees itself: rows that see nothing are not defined there
+            dense = visible(segments + 1, order, segments + 1, order)
+        return cls(segments, order, dense, kernel, compute.remat == "attention")
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
     """softmax(q k^T / sqrt(head_dim)) v over the keys that `mask` shows, by its kernel.
+
+    What comes out for padding is finite, and differs between kernels.
 
     Args:
       query: `[batch, queries, heads, head_dim]`.
@@ -87,8 +98,15 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) ->
     Returns:
       `[batch, queries, heads, head_dim]`.
     """
-    again = mask.compute.remat == "attention"
-    return (jax.checkpoint(reference) if again else reference)(query, key, value, mask.dense)
+    arrays, rows = (query, key, value), (mask.segments, mask.order)
+    if mask.kernel == "reference":
+        return (jax.checkpoint(reference) if mask.remat else reference)(*arrays, mask.dense)
+    if mask.kernel == "ring":
+        axis = split_over("length", query.shape[1])
+        return over_mesh(functools.partial(ring, axis=axis), *arrays, *rows, length="length")
+    if mask.kernel == "cudnn":
+        return over_mesh(cudnn, *arrays, mask.dense)
+    return over_mesh(splash, *arrays, *rows)
 
 
 def reference(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array) -> jax.Array:
