@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             "init": "pretrained",  # or "random": the config of model.path, or model.config
             "config": {},
             "dtype": "float32",  # or "bfloat16": what is computed in; trained parameters: float32
+            "attention": "auto",  # its kernel: of the devices, or reference cudnn splash
             "remat": "none",  # what is computed again, not kept: none attention dots full offload
             "matmul_precision": "",  # of JAX; "BF16_BF16_F32": rounds what products take to bf16
         },

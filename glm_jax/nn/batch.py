@@ -18,6 +18,7 @@ class Batch:
 
     Query i sees key j when both lie in the same segment and `order[j] <= order[i]`: constant
     inside a bidirectional prefix, growing by one with every causal token.
+    An example lies in one piece, and order does not fall in it: kernels rely on that.
 
     Attributes:
       tokens: `[batch, length]` int32.

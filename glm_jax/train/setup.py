@@ -24,6 +24,7 @@ from glm_jax.files import sha256_of_all
 from glm_jax.infer.text import ids_of, settings
 from glm_jax.models import architecture_of
 from glm_jax.nn.compute import REMAT, Compute
+from glm_jax.nn.kernels import choose
 from glm_jax.parallel.mesh import data_ways, make_mesh, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
@@ -33,10 +34,10 @@ from glm_jax.train.step import bind, by_path
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What may differ when a run goes on: the mesh, what is recomputed, what is logged, and where files
-# lie. The files themselves are compared by their hashes.
-FREE = ("mesh", "log", "profile", "model.remat", "model.path", "model.tokenizer", "task.train",
-        "task.dev", "task.test", "task.corpus")
+# What may differ when a run goes on: the mesh, the kernel, what is recomputed, what is logged, and
+# where files lie. The files themselves are compared by their hashes.
+FREE = ("mesh", "log", "profile", "model.attention", "model.remat", "model.path",
+        "model.tokenizer", "task.train", "task.dev", "task.test", "task.corpus")
 
 
 # The least that a field may be; without it a run would fail late, or do nothing.
@@ -132,7 +133,7 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh,
     `jax.ShapeDtypeStruct`s with shardings on the mesh, whose devices need not be there.
     """
     model = make_model(config, head, labels, mesh, abstract)
-    model.compute = compute_of(config, mesh)
+    model.compute = compute_of(config, model, mesh)
     if model.compute.remat != "none" and not hasattr(model, "layers"):
         raise UserError(f"model.remat={model.compute.remat!r}: {model.config.model_type} has no "
                         "stack of layers, of which something could be computed again")
@@ -184,7 +185,7 @@ def dtype_of(config: Any) -> Any:
     return DTYPES[config.model.dtype]
 
 
-def compute_of(config: Any, mesh: Mesh) -> Compute:
+def compute_of(config: Any, model: Any, mesh: Mesh) -> Compute:
     """How the model computes on the devices of `mesh`."""
     remat, device = config.model.get("remat", "none"), mesh.devices.flat[0]
     if remat not in REMAT:
@@ -192,7 +193,8 @@ def compute_of(config: Any, mesh: Mesh) -> Compute:
     if remat == "offload" and device.platform == "cpu":
         raise UserError("model.remat='offload': a CPU's arrays lie in the host's memory already; "
                         "choose 'full'")
-    return Compute(remat=remat)
+    return Compute(choose(config.model.get("attention", "auto"), device.platform, model.dtype,
+                          getattr(model.config, "head_dim", 0), config.batch.length), remat)
 
 
 def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:

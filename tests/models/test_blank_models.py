@@ -21,16 +21,9 @@ from glm_jax.models.glm2021 import Glm2021Config
 from glm_jax.nn.batch import visible
 from glm_jax.nn.loss import cross_entropy
 from glm_jax.parallel.mesh import make_mesh
+from tests.packed import GMASK, KINDS, MASK, SOP
 
-MASK, GMASK, SOP = 60, 61, 62
-MODELS = {
-    "chatglm6b": {"model_type": "chatglm", "position_encoding_2d": True, "num_layers": 2,
-                  "inner_hidden_size": 48, "mask_token_id": MASK, "gmask_token_id": GMASK,
-                  "bos_token_id": SOP},
-    "glm2021": {"model_type": "glm", "block_position_encoding": True, "num_layers": 2,
-                "max_sequence_length": 40, "mask_token_id": MASK, "gmask_token_id": GMASK,
-                "sop_token_id": SOP},
-}
+MODELS = {name: KINDS[name][1] for name in ("chatglm6b", "glm2021")}
 each = pytest.mark.parametrize("name", MODELS)
 PROMPTS = [[5, 9, 33, 2, GMASK, SOP], [7, MASK, 21, SOP], [50, 3, 11, MASK, 4, 18, 44, SOP]]
 

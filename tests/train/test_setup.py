@@ -110,6 +110,9 @@ def test_rules_of_the_config_say_how_parameters_lie(smoke):
     ({"batch.accumulate": 0}, "batch.accumulate=0"),
     ({"model.remat": "some"}, "model.remat='some': choose one of none, attention, full, dots, off"),
     ({"model.remat": "offload"}, "model.remat='offload': a CPU's arrays lie in the host's memory"),
+    ({"model.attention": "flash"}, "model.attention='flash': choose one of auto, reference, cudnn"),
+    ({"model.attention": "splash"}, "model.attention='splash': it is for a TPU, and the mesh is one"
+                                    " of CPUs; use 'auto'"),
     ({"log.every": 0}, "log.every=0"),
     ({"max_skipped": 0}, "max_skipped=0"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),

@@ -16,6 +16,8 @@ from glm_jax.data.packing import Piece, Shape, assemble
 from glm_jax.nn.loss import classification_loss
 from glm_jax.parallel.mesh import make_mesh, put, sharding
 from glm_jax.train.step import batch_weight, bind, by_path, init_state, judged, make_step
+from tests.packed import KINDS, assert_same, loss_and_gradient, model_of
+from tests.packed import batches as packings
 
 ONE = {"data": 1}
 SHAPE = Shape(rows=8, length=16, examples=3)
@@ -255,3 +257,11 @@ def test_dropout_follows_from_the_seed_and_the_step(trainer):
     assert dropped[0] == again[0]
     assert_close(dropped[1], again[1], atol=0)
     assert any((dropped[1][name] != plain[1][name]).any() for name in plain[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_teach_what_one_example_a_row_does(tiny, kind):
+    """Under each family's mask and positions: the loss of tokens, and all gradients."""
+    model = model_of(tiny, kind)
+    packed, apart = (loss_and_gradient(model, batch) for batch in packings(model))
+    assert_same(packed, apart)
