@@ -63,9 +63,14 @@ def loss_and_gradient(model, batch):
 
 
 def assert_same(found, wanted, rtol=1e-5):
-    """Losses within `rtol`, and gradients within that of the largest of their parameter."""
+    """Losses within `rtol`, and gradients within ten times that of the largest of a parameter.
+
+    And within a tenth of it of the largest of all: that of a key's bias is rounding only, as it
+    changes no softmax.
+    """
     np.testing.assert_allclose(found[0], wanted[0], rtol=rtol)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[1]))
     for path, leaf in jax.tree_util.tree_leaves_with_path(wanted[1]):
         there = dict(jax.tree_util.tree_leaves_with_path(found[1]))[path]
-        np.testing.assert_allclose(there, leaf, rtol=0, atol=10 * rtol * np.abs(leaf).max() + 1e-7,
-                                   err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(there, leaf, rtol=0, err_msg=jax.tree_util.keystr(path),
+                                   atol=rtol * (10 * np.abs(leaf).max() + largest / 10))

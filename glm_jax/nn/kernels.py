@@ -4,6 +4,7 @@ They are for tokens that see only each other, without a cache, and split over a 
 heads. What padding sees is padding, and comes out finite.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from glm_jax.parallel.mesh import partition
 OF_PLATFORM = {"cpu": "reference", "gpu": "cudnn", "tpu": "splash"}
 LANES = 128  # of a TPU: what its kernel's blocks are multiples of
 BLOCK = 512  # queries or keys that splash takes at a time
+EXACT = ("highest", "float32")  # the names of JAX's precision that splash knows beside `default`
 
 
 def choose(asked: str, platform: str, dtype: Any, head_dim: int, length: int) -> str:
@@ -108,6 +110,27 @@ def _reaches(last: jax.Array, key: jax.Array) -> jax.Array:
     return key <= last
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _at(precision: str, kernel: Any, segments: Any, *arrays: jax.Array) -> jax.Array:
+    """The kernel of three arrays, its products and their derivative's at JAX's `precision`."""
+    with jax.default_matmul_precision(precision):
+        out: jax.Array = kernel(*arrays, segments)
+        return out
+
+
+def _at_forward(precision: str, kernel: Any, segments: Any, *arrays: jax.Array) -> Any:
+    with jax.default_matmul_precision(precision):
+        return jax.vjp(lambda *arrays: kernel(*arrays, segments), *arrays)
+
+
+def _at_backward(precision: str, pull: Any, dout: jax.Array) -> tuple[Any, ...]:
+    with jax.default_matmul_precision(precision):
+        return None, None, *pull(dout)
+
+
+_at.defvjp(_at_forward, _at_backward)
+
+
 def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: Array, order: Array,
            block: int = BLOCK, interpret: bool = False) -> jax.Array:
     """`attention` by JAX's splash kernel for TPUs, which leaves out blocks that nobody sees.
@@ -158,5 +181,8 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: Array, 
         residual_checkpoint_name=None, mask_function=_reaches, interpret=interpret)
     flat = segments.reshape(-1)
     scaled = (query.astype(jnp.float32) * dim**-0.5).astype(query.dtype)
-    out: Any = kernel(joined(scaled), joined(key), joined(value), lib.SegmentIds(flat, flat))
+    config: Any = jax.config
+    exact = query.dtype == jnp.float32 and config.jax_default_matmul_precision in EXACT
+    out = _at("highest" if exact else "default", kernel, lib.SegmentIds(flat, flat),
+              joined(scaled), joined(key), joined(value))
     return out.reshape(-1, batch, whole, dim).transpose(1, 2, 0, 3)[:, :length]
