@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from glm_jax.nn.batch import Array, visible
 
-QUERIES = 1024  # of a device that are compared at a time, at most
+SCORES = 2**26  # so many exist on a device at a time, in float32
 
 
 def ring(query: jax.Array, key: jax.Array, value: jax.Array, segments: Array, order: Array, *,
@@ -25,7 +25,8 @@ def ring(query: jax.Array, key: jax.Array, value: jax.Array, segments: Array, or
       segments, order: `[batch, length]` of that part.
     """
     batch, length, heads, dim = query.shape
-    size = next(n for n in range(min(length, QUERIES), 0, -1) if length % n == 0)
+    most = max(1, min(length, SCORES // (batch * heads * length)))
+    size = next(n for n in range(most, 0, -1) if length % n == 0)
     grouped = (batch, -1, size, key.shape[2], heads // key.shape[2], dim)
     rows = query.reshape(grouped).transpose(1, 0, 3, 4, 2, 5)
     out = _ring(axis, rows, key, value, jnp.stack([jnp.asarray(segments), jnp.asarray(order)]))

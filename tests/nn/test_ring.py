@@ -49,7 +49,7 @@ def run(sizes, compute, length=32):
         {"sequence": 2, "tensor": 4})),
 ])
 def test_equals_whole_rows(sizes, monkeypatch):
-    monkeypatch.setattr(ring, "QUERIES", 8)
+    monkeypatch.setattr(ring, "SCORES", 256)  # of half of the queries or fewer
     for one, wanted in zip(run(sizes, SPLASH), run({"data": 1}, Compute()), strict=True):
         np.testing.assert_allclose(one, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
