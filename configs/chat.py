@@ -9,7 +9,7 @@ Your own file, in the form of Alpaca, ShareGPT, OpenAI's messages or ADGEN (docs
 another model, which answers in its own chat template:
 
     python launch/train.py --config=configs/chat.py --config.task.train=my.jsonl \\
-        --config.model.path=THUDM/chatglm3-6b --config.model.dtype=bfloat16
+        --config.model.path=path/to/chatglm3-6b --config.model.dtype=bfloat16
 
 Variants, which compose: `full` trains all parameters, `smoke` 20 steps for tests.
 """

@@ -76,8 +76,7 @@ class LoRA(nnx.Module):
     Beside stacked layers, and experts, both have their leading axes too.
     """
 
-    def __init__(self, lora_a: Any, lora_b: Any, axes: tuple[str, ...],
-                 config: LoRAConfig):
+    def __init__(self, lora_a: Any, lora_b: Any, axes: tuple[str, ...], config: LoRAConfig):
         self.axes, self.scale, self.dropout = axes[-2:], config.scale, config.lora_dropout
         self.lora_a = nnx.Param(lora_a, axes=(*axes[:-1], "rank"))
         self.lora_b = nnx.Param(lora_b, axes=(*axes[:-2], "rank", axes[-1]))

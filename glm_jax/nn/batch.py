@@ -123,20 +123,23 @@ def visible(query_segments: Array, query_order: Array, key_segments: Array,
     return same & (key_order[:, None, :] <= query_order[:, :, None]) & (key_segments > 0)[:, None]
 
 
-def pairs(batch: Batch) -> jax.Array:
-    """How many pairs of a query and a key that it sees a batch has, float32; without the mask.
+def reach(segments: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first and the last key that each query sees, `[batch, length]` int32 each.
 
-    The tokens of a segment lie side by side, in their order.
+    It sees all between them: a segment lies in one piece, and `order` does not fall in it.
     """
-    segments, order = jnp.asarray(batch.segments), jnp.asarray(batch.order)
-    place = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    length = segments.shape[1]
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    other = segments[:, 1:] != segments[:, :-1]
+    more = other | (order[:, 1:] != order[:, :-1])
+    begins = jnp.pad(other, ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(more, ((0, 0), (0, 1)), constant_values=True)
+    return (jax.lax.cummax(jnp.where(begins, index, 0), axis=1),
+            jax.lax.cummin(jnp.where(ends, index, length), axis=1, reverse=True))
 
-    def changes(*arrays: jax.Array) -> jax.Array:
-        """Where a token differs from the one before it."""
-        before = [jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=-1) for x in arrays]
-        return jnp.any(jnp.stack([x != y for x, y in zip(arrays, before, strict=True)]), axis=0)
 
-    first = jax.lax.cummax(jnp.where(changes(segments), place, 0), axis=1)
-    ends = jnp.pad(changes(segments, order)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    last = jax.lax.cummin(jnp.where(ends, place, place[:, -1:]), axis=1, reverse=True)
+def pairs(batch: Batch) -> jax.Array:
+    """How many pairs of a query and a key that it sees a batch has, float32; without the mask."""
+    segments = jnp.asarray(batch.segments)
+    first, last = reach(segments, jnp.asarray(batch.order))
     return jnp.sum(jnp.where(segments > 0, last - first + 1, 0).astype(jnp.float32))

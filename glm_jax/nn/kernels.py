@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import PartitionSpec
 
 from glm_jax.errors import UserError
-from glm_jax.nn.batch import Array
+from glm_jax.nn.batch import Array, reach
 from glm_jax.parallel.mesh import partition
 
 OF_PLATFORM = {"cpu": "reference", "gpu": "cudnn", "tpu": "splash"}
@@ -89,21 +89,6 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array,
     """`attention` by cuDNN's flash kernel; it wants a dense mask `[batch, queries, keys]`."""
     return jax.nn.dot_product_attention(query, key, value, mask=jnp.asarray(mask)[:, None],
                                         implementation=implementation)
-
-
-def reach(segments: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first and the last key that each query sees, `[batch, length]` int32 each.
-
-    It sees all between them: a segment lies in one piece, and `order` does not fall in it.
-    """
-    length = segments.shape[1]
-    index = jnp.arange(length, dtype=jnp.int32)[None]
-    other = segments[:, 1:] != segments[:, :-1]
-    more = other | (order[:, 1:] != order[:, :-1])
-    begins = jnp.pad(other, ((0, 0), (1, 0)), constant_values=True)
-    ends = jnp.pad(more, ((0, 0), (0, 1)), constant_values=True)
-    return (jax.lax.cummax(jnp.where(begins, index, 0), axis=1),
-            jax.lax.cummin(jnp.where(ends, index, length), axis=1, reverse=True))
 
 
 def _reaches(last: jax.Array, key: jax.Array) -> jax.Array:

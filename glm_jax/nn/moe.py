@@ -182,9 +182,8 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
     """`dispatch` with experts split over the mesh axis of that name, and tokens over theirs.
 
     The tokens that are split over `expert` too are gathered over it, each device computes what its
-    own experts make of them, and the sums over experts are scattered back. As a token has about as
-    many experts as that axis has devices, sending it to each of its experts would move no less.
-    Without a mesh it is `dispatch`.
+    own experts make of them, and the sums over experts are scattered back. Without a mesh it is
+    `dispatch`.
 
     Args:
       run: `run(state, common, rows, product)`, as in `dispatch`, for the experts of a state.

@@ -1,6 +1,5 @@
 """The training step: one jitted function over (trainable state, frozen parameters, batch)."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +41,7 @@ def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransforma
 
     shapes = jax.eval_shape(begin, trainable)
     where = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _beside(path, leaf, trainable, mesh)), shapes)
+        lambda path, leaf: NamedSharding(mesh, _beside(path, leaf, trainable)), shapes)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in trainable.values()):
         rest = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, where)
     else:
@@ -50,26 +49,13 @@ def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransforma
     return {"trainable": trainable, **rest}
 
 
-def _beside(path: tuple[Any, ...], leaf: Any, trainable: Mapping[str, Any], mesh: Mesh
-            ) -> PartitionSpec:
-    """How a leaf of the state is split: as the parameter that its path names, if any.
-
-    A statistic of fewer dimensions (factored) has those of the parameter that it kept; one of
-    fewer numbers (a scale for each block) is split where the mesh divides it.
-    """
-    found = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
-    if not found or not isinstance(found[0].sharding, NamedSharding):
-        return PartitionSpec()
-    shape, spec = found[0].shape, tuple(found[0].sharding.spec)
-    over = zip(shape, spec + (None,) * (len(shape) - len(spec)), strict=True)
-    if leaf.ndim < len(shape):
-        split = [next((axes for size, axes in over if size == own), None) for own in leaf.shape]
-    else:
-        split = [axes for _, axes in over]
-    ways = [math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-            for axes in split]
-    return PartitionSpec(*(axes if size % n == 0 else None
-                           for axes, size, n in zip(split, leaf.shape, ways, strict=True)))
+def _beside(path: tuple[Any, ...], leaf: Any, trainable: Mapping[str, Any]) -> PartitionSpec:
+    """How a leaf of the state is split: as the parameter that its path names, or not at all."""
+    for name in (str(getattr(key, "key", "")) for key in path):
+        if name in trainable and trainable[name].shape == leaf.shape:
+            where = trainable[name].sharding
+            return where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+    return PartitionSpec()
 
 
 def judged(state: State) -> dict[str, jax.Array]:

@@ -14,9 +14,9 @@ from glm_jax.data import blanks
 from glm_jax.errors import UserError
 from glm_jax.models import as_batch
 from glm_jax.nn.attention import Mask, reference
-from glm_jax.nn.batch import Batch, visible
+from glm_jax.nn.batch import Batch, reach, visible
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.kernels import choose, cudnn, over_mesh, reach, splash
+from glm_jax.nn.kernels import choose, cudnn, over_mesh, splash
 from glm_jax.parallel.mesh import make_mesh, sharding
 from tests.packed import KINDS, MASK, SOP, batches, model_of
 

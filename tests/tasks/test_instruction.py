@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from glm_jax.data.chat import completion, encode_answers, encode_chat
 from glm_jax.data.conversations import Conversation
-from glm_jax.data.packing import Shape, assemble
+from glm_jax.data.packing import Shape, assemble, shape_for
 from glm_jax.errors import UserError
+from glm_jax.models import architecture_of
 from glm_jax.tasks.instruction import Instruction, whole_answers
 from glm_jax.train.load import load_trained
 from glm_jax.train.loop import train
@@ -92,6 +93,29 @@ def test_weights_by_position():
         at += len(ids) - 1
     assert not batch.weights[0, at:].any() and source.lengths(0).tolist() == [
         len(ids) - 1 for ids, _ in whole]
+
+
+def test_chatglm6b_sees_the_question_both_ways_and_counts_the_answer():
+    ours = tokenizer("chatglm1")
+    raw = {"model_type": "chatglm", "position_encoding_2d": True, "num_layers": 1,
+           "bos_token_id": ours.special["<sop>"], "gmask_token_id": ours.special["[gMASK]"]}
+    config = architecture_of(raw).config.from_dict(raw)
+    shape = shape_for(config, 1, 64, 3)
+    task = make("chatglm1")._replace(shape=shape)
+    source = task.encode([Conversation(CHAT[:2], None, "x:1")] * 2)
+    batch = assemble([[source.piece(0, 0), source.piece(1, 0)]], shape, 0)
+    length = len(source.ids[0]) - 1
+    start = source.ids[0].tolist().index(ours.special["<sop>"])
+    for number, at in enumerate((0, length), 1):  # each example begins anew
+        here = slice(at, at + length)
+        answered = np.maximum(np.arange(length) - start + 1, 0)
+        assert (batch.segments[0, here] == number).all()
+        np.testing.assert_array_equal(batch.positions[0, 1, here], answered)
+        np.testing.assert_array_equal(batch.order[0, here] - batch.order[0, at], answered)
+        np.testing.assert_array_equal(batch.positions[0, 0, here],
+                                      np.minimum(np.arange(length), start - 1))
+        # [gMASK] already predicts <sop>.
+        np.testing.assert_array_equal(batch.weights[0, here], np.arange(length) >= start - 1)
 
 
 def test_long_rows_are_cut_behind_a_whole_answer_and_counted(caplog):

@@ -273,6 +273,13 @@ def test_evaluating_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch):
     assert after > 256 / 3
 
 
+def test_rules_of_the_config_hold_in_the_step(smoke, tmp_path):
+    config = smoke(**{"mesh.data": 2})
+    config.mesh.rules = {"length": "data"}  # no parameter has both; activations have
+    with pytest.raises(UserError, match="'batch' and 'length' both lie on mesh axis 'data'"):
+        loop.train(config, tmp_path)
+
+
 def test_a_trace_of_some_steps(smoke, tmp_path, monkeypatch):
     """Of as many as there are; here the run ends first."""
     loop.train(smoke(**{"profile.start": 4, "profile.steps": 9, "steps": 5}), tmp_path)
