@@ -61,6 +61,13 @@ def test_a_call_ends_where_its_result_begins_and_unlearned_answers_are_not_targe
     call[1]["loss"] = True
     (ids, mask), = encode_answers(ours, call)
     assert ids[runs(mask)[0][1] - 1] == ours.special["<|observation|>"]
+    # So does one that is a row of its own, since a later question makes its thought forgotten.
+    tool = {"function": {"name": "get", "arguments": {"n": 1}}}
+    calls = [CHAT[0], {"role": "assistant", "content": "<think>hm</think>", "tool_calls": [tool]},
+             {"role": "tool", "content": "22"}, *CHAT[1:4]]
+    first, *others = encode_answers(ours, calls, template="glm45")
+    assert first[0][-1] == ours.special["<|observation|>"] and len(others) == 2
+    assert all(ids[-1] == ours.special["<|user|>"] for ids, _ in others)
 
 
 @pytest.mark.parametrize("version", ["chatglm1", "glm4", "glm2021"])
