@@ -1,5 +1,6 @@
 """Fine-tune on questions and answers or whole chats: the loss is that of the answers alone."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -41,12 +42,14 @@ class Rows(NamedTuple):
         return Piece(ids[:-1], ids[1:], self.learned[index][1:].astype(np.float32))
 
 
-class Instruction(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Instruction:
     """`config.task` for `name = "instruction"`; see configs/chat.py for its fields.
 
     Attributes:
       conversations: by split, train and dev.
       template: of `encode_answers`; none: that of the tokenizer.
+      encoded: the rows of the splits that were asked for: templates take their time.
     """
 
     config: Any
@@ -58,6 +61,7 @@ class Instruction(NamedTuple):
     labels: tuple[str, ...] = ()
     final: str = "dev"
     metrics: tuple[str, ...] = ("loss", "perplexity")
+    encoded: dict[str, Rows] = dataclasses.field(default_factory=dict)
 
     @property
     def pad_id(self) -> int:
@@ -72,14 +76,17 @@ class Instruction(NamedTuple):
           chats: whether the model was trained to, so that its own template is the default.
 
         Raises:
-          UserError: for bad files (see `load_conversations`).
+          UserError: for bad files (see `load_conversations`), and conversations (see `encode`).
         """
         def load(source: str) -> dict[str, list[Conversation]]:
             return load_conversations(source, config.prompt, config.answer)
         template = config.template or ("chat" if chats else "plain")
-        return cls(config, tokenizer, shape._replace(examples=shape.length),
+        task = cls(config, tokenizer, shape._replace(examples=shape.length),
                    split(load, config.train, {"dev": config.dev}),
                    None if template == "chat" else template)
+        for name in task.conversations:  # what is wrong in any is told before training
+            task.source(name)
+        return task
 
     def fingerprint(self) -> str:
         """SHA-256 of every split's conversations."""
@@ -118,7 +125,9 @@ class Instruction(NamedTuple):
         return rows
 
     def source(self, split: str) -> Rows:
-        return self.encode(self.conversations[split], split)
+        if split not in self.encoded:
+            self.encoded[split] = self.encode(self.conversations[split], split)
+        return self.encoded[split]
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Sum of the cross-entropies of the answers' tokens."""

@@ -1,5 +1,6 @@
 """Instruction tuning: what precedes an answer is its prompt, and only answers are learned."""
 
+import dataclasses
 import json
 import logging
 
@@ -108,7 +109,7 @@ def test_chatglm6b_sees_the_question_both_ways_and_counts_the_answer():
            "bos_token_id": ours.special["<sop>"], "gmask_token_id": ours.special["[gMASK]"]}
     config = architecture_of(raw).config.from_dict(raw)
     shape = shape_for(config, 1, 64, 3)
-    task = make("chatglm1")._replace(shape=shape)
+    task = dataclasses.replace(make("chatglm1"), shape=shape)
     source = task.encode([Conversation(CHAT[:2], None, "x:1")] * 2)
     batch = assemble([[source.piece(0, 0), source.piece(1, 0)]], shape, 0)
     length = len(source.ids[0]) - 1
@@ -157,3 +158,19 @@ def test_the_config_runs_learns_and_its_adapter_loads(base, tmp_path):
     assert finished.result["dev"]["loss"] < losses[0] - 1.5
     from glm_jax.parallel.mesh import make_mesh
     assert load_trained(tmp_path / "run" / "adapter", make_mesh({"data": 1})).model.head == "lm"
+
+
+def test_a_bad_row_of_any_split_is_told_before_training_and_each_is_encoded_once(tmp_path):
+    good = {"messages": CHAT}
+    bad = {"messages": [{"role": "robot", "content": "a"}, *CHAT[:2]]}
+    for name, row in (("train", good), ("dev", bad), ("fine", good)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+
+    def load(dev):
+        config = ConfigDict({"train": str(tmp_path / "train.jsonl"), "template": "",
+                             "dev": str(tmp_path / f"{dev}.jsonl"), "prompt": "", "answer": ""})
+        return Instruction.load(config, tokenizer("glm4"), Shape(1, 64, 1), chats=True)
+    with pytest.raises(UserError, match=r"dev\.jsonl:1: message 1, role"):
+        load("dev")
+    task = load("fine")
+    assert task.source("dev") is task.source("dev") and len(task.source("train").ids) == 1
