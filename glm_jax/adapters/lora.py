@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
 from glm_jax.adapters.targets import ALL_LINEAR, find, groups, linears
 from glm_jax.errors import UserError
+from glm_jax.nn.compute import LINEAR
 from glm_jax.nn.layers import Product
 from glm_jax.nn.matmul import matmul, rounds
 from glm_jax.parallel.mesh import constrain, make_mesh, sharding
@@ -127,7 +129,7 @@ def lora(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array
 
 def _forward(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
              scale: float) -> tuple[jax.Array, Any]:
-    low = _rows(_dropped(x, mask)) @ a.astype(x.dtype)
+    low = checkpoint_name(_rows(_dropped(x, mask)) @ a.astype(x.dtype), LINEAR)
     delta = (scale * low) @ b.astype(x.dtype)
     # x as it came: layers that share an input then share its copy for the derivative.
     return y + delta.reshape(y.shape).astype(y.dtype), (x, low, a, b, mask)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from glm_jax.nn.batch import Array, Batch, visible
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.kernels import cudnn, over_mesh, splash, split_over
+from glm_jax.nn.kernels import cudnn, cudnn_packed, over_mesh, packs, splash, split_over
 from glm_jax.nn.ring import ring
 
 
@@ -63,6 +63,7 @@ class Mask:
         only each other.
       kernel: that computes it: one of `kernels.choose`, or `ring`.
       remat: whether scores and shares are computed again for the derivative of the reference.
+      causal: of the batch.
     """
 
     segments: Array
@@ -70,6 +71,7 @@ class Mask:
     dense: Any
     kernel: str = dataclasses.field(metadata={"static": True})
     remat: bool = dataclasses.field(metadata={"static": True})
+    causal: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, compute: Compute, batch: Batch, seen: Batch | Cache) -> "Mask":
@@ -81,9 +83,10 @@ class Mask:
             kernel = "ring"
         if kernel == "reference":
             dense = visible(segments, order, seen.segments, seen.order)
-        if kernel == "cudnn":  # padding sees itself: rows that see nothing are not defined there
+        if kernel == "cudnn" and not (batch.causal and packs()):
+            # Padding sees itself: rows that see nothing are not defined there.
             dense = visible(segments + 1, order, segments + 1, order)
-        return cls(segments, order, dense, kernel, compute.remat == "attention")
+        return cls(segments, order, dense, kernel, compute.remat == "attention", batch.causal)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
@@ -104,8 +107,11 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) ->
     if mask.kernel == "ring":
         axis = split_over("length", query.shape[1])
         return over_mesh(functools.partial(ring, axis=axis), *arrays, *rows, length="length")
+    if mask.kernel == "cudnn" and mask.dense is None:
+        return over_mesh(functools.partial(cudnn_packed, count=mask.causal + 2), *arrays,
+                         mask.segments)
     if mask.kernel == "cudnn":
-        return over_mesh(cudnn, *arrays, mask.dense)
+        return over_mesh(functools.partial(cudnn, causal=mask.causal > 0), *arrays, mask.dense)
     return over_mesh(splash, *arrays, *rows)
 
 

@@ -30,6 +30,7 @@ class Batch:
       pool_index: `[batch, examples]` int32, the position whose hidden state stands for an example.
       labels: `[batch, examples]` int32; `label_weights`: float32, 0 where there is no example.
       vectors: `[batch, examples, features]` float32, what the pooled states learn to point along.
+      causal: at most so many examples lie in a row, and each is causal; 0 where that isn't known.
     """
 
     tokens: Array
@@ -43,6 +44,7 @@ class Batch:
     labels: Array | None = None
     label_weights: Array | None = None
     vectors: Array | None = None
+    causal: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def causal_batch(tokens: Array, attention_mask: Array | None = None,
@@ -56,11 +58,13 @@ def causal_batch(tokens: Array, attention_mask: Array | None = None,
       segments: `[batch, length]` int, for several texts in a row; replaces `attention_mask`.
     """
     xp, tokens, real = _arrays(tokens, attention_mask)
-    segments = real if segments is None else xp.asarray(segments, xp.int32)
+    several = segments is not None
+    segments = xp.asarray(segments, xp.int32) if several else real
     order = xp.broadcast_to(xp.arange(tokens.shape[1], dtype=xp.int32), tokens.shape)
     if positions is None:
         positions = xp.maximum(xp.cumsum(segments > 0, axis=1) - 1, 0)
-    return Batch(tokens, xp.asarray(positions, xp.int32)[:, None], segments, order)
+    return Batch(tokens, xp.asarray(positions, xp.int32)[:, None], segments, order,
+                 causal=0 if several else 1)
 
 
 def _arrays(tokens: Array, attention_mask: Array | None) -> tuple[Any, Any, Any]:

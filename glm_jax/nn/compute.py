@@ -8,14 +8,16 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-LAYER_INPUT = "layer_input"
+LAYER_INPUT, LINEAR = "layer_input", "linear"
+FLASH = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "pallas_call")
 _policies = jax.checkpoint_policies
 
 # What of each layer is kept for the derivative (Chen et al. 2016, arXiv:1604.06174); the rest is
 # computed again. `attention` is not here: it keeps all that lies outside of attention.
 KEPT: dict[str, Any] = {
     "full": _policies.nothing_saveable,  # beside the layer's input
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.save_only_these_names(LINEAR), lambda prim, *_, **__: prim.name in FLASH),
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
         offload_src="device", offload_dst="pinned_host"),
@@ -38,12 +40,12 @@ class Compute:
     kernel: str = "reference"
     remat: str = "none"
 
-    def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
+    def layer(self, body: Callable[..., Any], loop: bool = True) -> Callable[..., Any]:
         """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""
         if self.remat not in KEPT:
             return body
         return jax.checkpoint(lambda x, inputs: body(checkpoint_name(x, LAYER_INPUT), inputs),
-                              policy=KEPT[self.remat], prevent_cse=False)  # a loop prevents it
+                              policy=KEPT[self.remat], prevent_cse=not loop)
 
 
 PLAIN = Compute()

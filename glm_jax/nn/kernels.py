@@ -85,10 +85,44 @@ def over_mesh(kernel: Callable[..., jax.Array], query: jax.Array, key: jax.Array
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: Array,
-          implementation: Any = "cudnn") -> jax.Array:
-    """`attention` by cuDNN's flash kernel; it wants a dense mask `[batch, queries, keys]`."""
+          implementation: Any = "cudnn", causal: bool = False) -> jax.Array:
+    """`attention` by cuDNN's flash kernel; it wants a dense mask `[batch, queries, keys]`.
+
+    Where the mask is known to be `causal`, the blocks of later keys are left out.
+    """
     return jax.nn.dot_product_attention(query, key, value, mask=jnp.asarray(mask)[:, None],
-                                        implementation=implementation)
+                                        is_causal=causal, implementation=implementation)
+
+
+def packs() -> bool:
+    """Whether cuDNN takes several texts in a row, each causal: on Hopper and later."""
+    return all(float(device.compute_capability) >= 9 for device in jax.local_devices()
+               if device.platform == "gpu")
+
+
+def cudnn_packed(query: jax.Array, key: jax.Array, value: jax.Array, segments: Array, count: int
+                 ) -> jax.Array:
+    """`attention` by cuDNN where each segment is causal: its time grows with the examples' lengths.
+
+    JAX's public function has no place for offsets yet, and the one below takes those of the keys
+    for offsets of queries: heads of keys are repeated.
+
+    Args:
+      segments: `[batch, length]`, in at most `count` pieces a row; padding is one, too.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as lib
+
+    segments = jnp.asarray(segments)
+    length, heads = segments.shape[1], query.shape[2]
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jax.vmap(lambda row: jnp.flatnonzero(row, size=count + 1, fill_value=length))(begins)
+    sizes = jnp.where(starts < length, jnp.roll(starts, -1, axis=1) - starts, -1)[:, :-1]
+    starts = jnp.where(starts < length, starts, -1).astype(jnp.int32)
+    key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
+    sizes = sizes.astype(jnp.int32)
+    return lib.dot_product_attention(
+        query, key, value, q_seqlen=sizes, kv_seqlen=sizes, q_offsets=starts, kv_offsets=starts,
+        scale=query.shape[-1]**-0.5, mask_type=lib.MaskType.PADDING_CAUSAL)
 
 
 def _reaches(last: jax.Array, key: jax.Array) -> jax.Array:

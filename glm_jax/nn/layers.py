@@ -1,5 +1,6 @@
 """The layers that the models share: linear, embedding, norms, activations, and stacks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from glm_jax.nn.compute import PLAIN, Compute
+from glm_jax.nn.compute import LINEAR, PLAIN, Compute
 from glm_jax.nn.matmul import matmul
 from glm_jax.parallel.mesh import constrain
 
@@ -41,6 +43,7 @@ class Linear(nnx.Module):
                     else product(x, kernel))
         kernel = constrain(self.kernel[...].astype(x.dtype), *self.axes, gathered=True)
         y = self.adapter(x, kernel, key) if hasattr(self, "adapter") else matmul(x, kernel)
+        y = checkpoint_name(y, LINEAR)
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -67,9 +70,32 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(features), axes=("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * wide.astype(x.dtype)
+        return rms_norm(x, self.scale[...].astype(x.dtype), self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale; for the derivative only `x` is kept, in its dtype."""
+    return scale * _by_rms(x, eps)[0].astype(x.dtype)
+
+
+def _by_rms(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide * inverse, inverse
+
+
+def _rms_norm_backward(eps: float, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, scale = saved
+    normed, inverse = _by_rms(x, eps)
+    dy = dy.astype(jnp.float32)
+    dnormed = dy * scale.astype(jnp.float32)
+    dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
+    dscale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -163,11 +189,10 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
-    few = (unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
-           and compute.remat == "none")  # XLA would undo what is computed again outside of a loop
+    few = unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
 
-    return jax.lax.scan(compute.layer(body), x, (state, *per_layer),
+    return jax.lax.scan(compute.layer(body, loop=not few), x, (state, *per_layer),
                         unroll=count if few else 1)
