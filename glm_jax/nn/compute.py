@@ -32,20 +32,20 @@ class Compute:
     Attributes:
       kernel: of attention.
       remat: one of `REMAT`: what of a layer is computed again for the derivative in place of being
-        kept. `none`; `attention`, its scores and weights; `dots`, all but the products of
-        activations and kernels; `full`, all but the layer's input; `offload`, as `full`, and that
+        kept. `none`; `attention`, its scores and weights; `dots`, all but what linear layers give
+        and attention's kernel; `full`, all but the layer's input; `offload`, as `full`, and that
         input waits in the host's memory.
     """
 
     kernel: str = "reference"
     remat: str = "none"
 
-    def layer(self, body: Callable[..., Any], loop: bool = True) -> Callable[..., Any]:
+    def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""
         if self.remat not in KEPT:
             return body
         return jax.checkpoint(lambda x, inputs: body(checkpoint_name(x, LAYER_INPUT), inputs),
-                              policy=KEPT[self.remat], prevent_cse=not loop)
+                              policy=KEPT[self.remat], prevent_cse=False)  # a loop prevents it
 
 
 PLAIN = Compute()

@@ -189,10 +189,11 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
-    few = unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
+    few = (unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
+           and compute.remat == "none")  # XLA would undo what is computed again outside of a loop
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
 
-    return jax.lax.scan(compute.layer(body, loop=not few), x, (state, *per_layer),
+    return jax.lax.scan(compute.layer(body), x, (state, *per_layer),
                         unroll=count if few else 1)
