@@ -197,12 +197,18 @@ def constrain(x: jax.Array, *axes: str | None, gathered: bool = False) -> jax.Ar
 def put(tree: Any, mesh: Mesh) -> Any:
     """Host arrays `[batch, …]` to the mesh, the batch over the data axes.
 
-    With several processes each gives the same whole batch; a device takes its rows.
+    With several processes each gives batches of the same size; a device takes its rows.
     """
     def one(x: Any) -> jax.Array:
         where = sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
     return jax.tree.map(one, tree)
+
+
+def own_rows(rows: int, mesh: Mesh) -> frozenset[int]:
+    """Which rows of a batch lie on devices of this process."""
+    places = sharding(("batch",), (rows,), mesh).addressable_devices_indices_map((rows,))
+    return frozenset(row for place in places.values() if place for row in range(rows)[place[0]])
 
 
 def data_ways(mesh: Mesh) -> int:

@@ -2,22 +2,22 @@
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Batches, stream
-from glm_jax.errors import UserError
+from glm_jax.errors import Interrupted, UserError
 from glm_jax.files import locked, write_json_atomic
+from glm_jax.parallel import processes
 from glm_jax.parallel.mesh import put, use_rules
 from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
@@ -42,17 +42,6 @@ class Finished(NamedTuple):
     final: Evaluation
 
 
-class Interrupted(Exception):
-    """The run was told to stop, and has saved what is sound: `signal` says by what."""
-
-    def __init__(self, signum: int, step: int, saved: bool):
-        on = ("which is saved; the same command goes on from there" if saved else
-              "which is not saved, since its numbers are not finite; the same command goes on from "
-              "the last good checkpoint")
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, {on}")
-        self.signal = signum
-
-
 def train(config: Any, workdir: Path) -> Finished:
     """Runs a config to its end in `workdir`, or goes on where it stopped.
 
@@ -63,17 +52,24 @@ def train(config: Any, workdir: Path) -> Finished:
     started = time.monotonic()
     run = setup.build(config)
     identity = setup.identity(config, run.task)
-    setup.check_same_run(workdir, identity)
+    processes.check_same(identity | flatten_dict({"mesh": config.mesh.to_dict()}, sep="."))
+    if processes.speaks():
+        identity |= setup.model_hashes(config)  # reads all weights
+        setup.check_same_run(workdir, identity)
     with (jax.set_mesh(run.mesh), use_rules(config.mesh.rules),
           setup.matmul_precision(config)):
         loop = Loop(config, workdir, run, started)
         if config.log.wandb_project:
             import_wandb()
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
+        if not processes.speaks():
+            processes.see(workdir / "config.json")
+            return loop.run()
         workdir.mkdir(parents=True, exist_ok=True)
-        with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        with locked(workdir):
             write_json_atomic(workdir / "config.json", {
                 "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
+            processes.see(workdir / "config.json")
             return loop.run()
 
 
@@ -128,7 +124,7 @@ class Loop:
                                        config=self.config.to_dict(),
                                        tensorboard=self.config.log.tensorboard,
                                        wandb_project=self.config.log.wandb_project)
-                with (contextlib.closing(tracker), asked_to_stop() as asked,
+                with (contextlib.closing(tracker), processes.asked_to_stop() as asked,
                       contextlib.closing(Profile(self.config.profile, self.workdir)) as profile):
                     step = self.train(step, tracker, profile, asked)
             self.checkpoints.wait()
@@ -137,7 +133,7 @@ class Loop:
             self.checkpoints.close()
 
     def train(self, step: int, tracker: Tracker, profile: Profile,
-              asked: Callable[[], int | None]) -> int:
+              asked: Callable[[int], int | None]) -> int:
         """Steps until the end, early stopping or a signal; returns the last step."""
         config = self.config
         log = Log(config, self.schedule, tracker, self.flops, list(self.mesh.devices.flat))
@@ -155,7 +151,7 @@ class Loop:
                 self.first_step_seconds = time.monotonic() - self.started
             evaluate = step % config.eval.every == 0 or step == self.steps
             save = config.checkpoint.every and step % config.checkpoint.every == 0
-            stop = asked()
+            stop = asked(step)
             if evaluate or save or stop:
                 log.flush()
                 # What is not sound is not saved: good checkpoints would have to go for it.
@@ -226,8 +222,9 @@ class Loop:
         exported = export(self.config, self.parts.model(judged(self.state)),
                           self.parts.lora_config, self.tokenizer, self.workdir)
         result["exported"] = exported
-        write_json_atomic(path, result)
-        write_report(self.workdir, final.report, task.final)
+        if processes.speaks():
+            write_json_atomic(path, result)
+            write_report(self.workdir, final.report, task.final)
         return Finished(result, final)
 
 
@@ -292,18 +289,3 @@ class Log:
                 "train/learning_rate": float(self.schedule(step - 1 - values["skipped"])),
                 "train/skipped": values["skipped"]} | rates)
             self.tokens, self.pairs, self.since = 0, 0.0, ended
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], int | None]]:
-    """Within: SIGTERM and Ctrl-C only leave a note; a second one ends the program at once."""
-    notes: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        notes.append(signum)
-        before.close()
-
-    with contextlib.ExitStack() as before:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            before.callback(signal.signal, signum, signal.signal(signum, note))
-        yield lambda: notes[0] if notes else None

@@ -25,7 +25,7 @@ from glm_jax.infer.text import ids_of, settings
 from glm_jax.models import architecture_of
 from glm_jax.nn.compute import REMAT, Compute
 from glm_jax.nn.kernels import choose
-from glm_jax.parallel.mesh import data_ways, make_mesh, use_rules
+from glm_jax.parallel.mesh import data_ways, make_mesh, own_rows, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
 from glm_jax.tasks.instruction import Instruction
@@ -91,7 +91,7 @@ def build(config: Any) -> Run:
             raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × "
                             f"fsdp × expert = {ways}")
         tokenizer = tokenizer_of(config)
-        task = make_task(config, tokenizer)
+        task = make_task(config, tokenizer, mesh)
         parts = make_parts(config, task.head, task.labels, mesh, tokenizer)
     return Run(mesh, tokenizer, task, parts)
 
@@ -206,19 +206,20 @@ def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
                         ) from None
 
 
-def make_task(config: Any, tokenizer: Tokenizer) -> Task:
+def make_task(config: Any, tokenizer: Tokenizer, mesh: Mesh) -> Task:
     batch = config.batch
+    own = own_rows(batch.rows, mesh)
     if config.task.name in ("classification", "instruction"):
         architecture, raw = raw_config(config)
         shape = shape_for(architecture.config.from_dict(raw), batch.rows, batch.length,
-                          batch.examples)
+                          batch.examples)._replace(own=own)
         if config.task.name == "classification":
             return Classification.load(config.task, tokenizer, shape, config.seed)
         files = settings(folders(config)[0], {})
         ends = ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
         return Instruction.load(config.task, tokenizer, shape, chats(tokenizer, ends))
     if config.task.name == "pretrain":
-        shape = Shape(batch.rows, batch.length, batch.length)
+        shape = Shape(batch.rows, batch.length, batch.length, own=own)
         if config.task.summaries:
             shape = shape._replace(examples=batch.examples,
                                    features=raw_config(config)[1]["hidden_size"])
@@ -255,11 +256,11 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstra
 
 
 def identity(config: Any, task: Task) -> dict[str, Any]:
-    """What a run folder belongs to: the config but for `FREE`, and hashes of weights and data."""
+    """What a run folder belongs to: the config but for `FREE`, the data; see `model_hashes` too."""
     fields = {name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
               for name, value in flatten_dict(config.to_dict(), sep=".").items()
               if not any(name == free or name.startswith(free + ".") for free in FREE)}
-    return fields | {"data sha256": task.fingerprint()} | model_hashes(config)
+    return fields | {"data sha256": task.fingerprint()}
 
 
 def model_hashes(config: Any) -> dict[str, str]:

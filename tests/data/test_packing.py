@@ -126,3 +126,27 @@ def test_once_says_which_example_stands_where():
 def test_nothing_to_train_on():
     with pytest.raises(UserError, match="nothing to train on"):
         Batches(Numbered([]), Shape(2, 16, 4), 0, 0)[0]
+
+
+def test_a_process_reads_its_own_rows_and_the_first():
+    """Which shows what arrays a batch has, also where its own rows are empty."""
+    asked = set()
+
+    class Asked(Numbered):
+        def piece(self, index, epoch):
+            asked.add(index)
+            return super().piece(index, epoch)
+    source, shape = Asked(like_reviews(40)), Shape(4, 256, 8)
+    own = shape._replace(own=frozenset({2, 3}))
+    for (rows, whole), (_, part) in zip(once(source, shape, 0), once(source, own, 0), strict=True):
+        for name, a in vars(whole).items():
+            b = getattr(part, name)
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.shape == b.shape
+                np.testing.assert_array_equal(a[[0, 2, 3]], b[[0, 2, 3]], name)
+        assert not part.segments[1].any() and whole.segments[:len(rows)].any(axis=1).all()
+    rows = plan(source.sizes, shape, np.random.default_rng((0, 0)))[0]
+    asked.clear()
+    Batches(source, own, 0, 0)[0]
+    assert asked == {index for r in (0, 2, 3) for index in rows[r]}

@@ -148,7 +148,7 @@ def test_a_tokenizer_larger_than_the_model(smoke):
 
 
 def identity(config):
-    return setup.identity(config, setup.build(config).task)
+    return setup.identity(config, setup.build(config).task) | setup.model_hashes(config)
 
 
 def test_what_a_run_folder_belongs_to(smoke, base, reviews, tmp_path):
