@@ -104,10 +104,11 @@ def _watch(client: Any, heartbeat: int) -> None:
     everyone = range(_state().num_processes)
     while _client is client:
         try:
-            who, why = json.loads(client.blocking_key_value_get("failed", 1000 * WATCH_SECONDS))
+            who, why, code = json.loads(
+                client.blocking_key_value_get("failed", 1000 * WATCH_SECONDS))
             if who != _state().process_id:
                 _told(client)
-                _end(f"process {who} failed: {why}")
+                _end(f"process {who} failed: {why}", code)
             return
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
@@ -138,8 +139,9 @@ def _tell(error: BaseException, heartbeat: int) -> None:
     why = str(error) or "stopped"
     if not isinstance(error, UserError | KeyboardInterrupt):
         why = f"{type(error).__name__}: {why}"
+    code = 2 if isinstance(error, UserError) else 1  # that of a door
     with contextlib.suppress(Exception):  # another one has failed before
-        _client.key_value_set("failed", json.dumps([_state().process_id, why]))
+        _client.key_value_set("failed", json.dumps([_state().process_id, why, code]))
     _told(_client)
 
 
@@ -165,9 +167,9 @@ def _part() -> None:
     jax.distributed.shutdown()
 
 
-def _end(message: str) -> NoReturn:
+def _end(message: str, code: int = 1) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)
 
 
 def check_same(fields: Mapping[str, Any]) -> None:

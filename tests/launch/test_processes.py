@@ -11,7 +11,7 @@ import pytest
 from tests.folders import content, rows
 
 SMOKE = "--config=configs/sentiment.py:smoke"
-HEARTBEAT = 6
+HEARTBEAT = 3
 TWO = ("--config.mesh.cpu_devices=2", "--config.mesh.fsdp=2", f"--heartbeat={HEARTBEAT}")
 
 # A program without a model: `joined` of the processes that its arguments name, and a few lines.
@@ -117,7 +117,7 @@ def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews
     for file, message in ((bad, "bad.csv:242: the label"), (other, "data sha256")):
         first, second = pod(2, *command, own=[[f"--config.task.train={reviews}"],
                                               [f"--config.task.train={file}"]])
-        assert (first.code, second.code) == (1, 2), (first.err, second.err)
+        assert (first.code, second.code) == (2, 2), (first.err, second.err)
         (line,) = told(second)
         assert line.startswith("error: ") and message in line
         assert told(first) == [line.replace("error: ", "error: process 1 failed: ")]
