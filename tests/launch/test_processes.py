@@ -194,3 +194,34 @@ def test_a_process_that_never_comes(doors, tmp_path):
 ])
 def test_flags_that_name_no_job(refused, arguments, message):
     assert message in refused("train", SMOKE, *arguments)
+
+
+@pytest.mark.slow
+def test_four_processes_are_stopped_and_go_on_as_two_and_as_one(pod, door, base, reviews,
+                                                                tmp_path):
+    """SIGTERM to the third; each time on another mesh, with the losses of one device."""
+    command = ["train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
+               "--config.eval.every=1"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert door(*command, f"--workdir={whole}").code == 0
+
+    def stopped(processes, *mesh):
+        done = len(rows(moved)) // 2 if moved.exists() else 0
+        results = pod(processes, *command, *mesh, f"--workdir={moved}", meanwhile=when(
+            moved, done + 1, lambda pids: os.kill(pids[-2], signal.SIGTERM)))
+        assert [result.code for result in results] == [128 + signal.SIGTERM] * processes, results
+        assert len(told(results[0])) == 1 and "which is saved" in told(results[0])[0]
+        assert all(told(result) == [] for result in results[1:])
+    stopped(4, "--config.mesh.cpu_devices=2", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    stopped(2, "--config.mesh.cpu_devices=2", "--config.mesh.sequence=2", "--config.mesh.fsdp=2")
+    result = door(*command, "--config.mesh.cpu_devices=2", f"--workdir={moved}")
+    assert result.code == 0, result.err
+    for here, there in zip(rows(moved), rows(whole), strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+    scores = [tmp_path / f"{n}.json" for n in (4, 1)]
+    all_four = pod(4, "evaluate", f"--model={moved}", f"--json={scores[0]}")
+    assert [result.code for result in all_four] == [0] * 4
+    assert door("evaluate", f"--model={moved}", f"--json={scores[1]}").code == 0
+    one, four = (json.loads(path.read_text()) for path in reversed(scores))
+    assert one["confusion"] == four["confusion"]
+    assert four["accuracy"] == pytest.approx(one["accuracy"], rel=1e-6)
