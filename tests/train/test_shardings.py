@@ -70,8 +70,9 @@ def dump(family, method, sizes):
     optimizer = optax.adamw(1e-3)
     state = init_state(by_path(trainable), optimizer, mesh)
     out = [f"{family} {method} on {', '.join(f'{n}={size}' for n, size in sizes.items())}"]
-    trained, moments = arrays("trained", state["trainable"]), arrays("optimizer", state["optimizer"])
-    same = {each.replace("trained", f"optimizer 0.{moment}", 1)
+    trained = arrays("trained", state["trainable"])
+    moments = arrays("optimizer", state["optimizer"])
+    same = {each.replace("trained ", f"optimizer 0.{moment}.", 1)
             for each in trained for moment in ("mu", "nu")}
     out += [*trained, f"  optimizer: {len(same & set(moments))} moments as what they belong to"]
     out += [each for each in moments if each not in same] + arrays("frozen", by_path(frozen))
