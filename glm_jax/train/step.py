@@ -1,5 +1,6 @@
 """The training step: one jitted function over (trainable state, frozen parameters, batch)."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,11 +51,26 @@ def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransforma
 
 
 def _beside(path: tuple[Any, ...], leaf: Any, trainable: Mapping[str, Any]) -> PartitionSpec:
-    """How a leaf of the state is split: as the parameter that its path names, or not at all."""
-    for name in (str(getattr(key, "key", "")) for key in path):
-        if name in trainable and trainable[name].shape == leaf.shape:
-            where = trainable[name].sharding
-            return where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+    """How a leaf of the state is split: as the parameter that its path names, or not at all.
+
+    A mean over one of a matrix's axes is split as the others; the scales of blocks as the axes
+    along which they lie.
+    """
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    of = next((trainable[name] for name in names if name in trainable), None)
+    if of is None or not isinstance(of.sharding, NamedSharding):
+        return PartitionSpec()
+    split = (*of.sharding.spec, *(None,) * (of.ndim - len(of.sharding.spec)))
+    if leaf.ndim == of.ndim:
+        def fits(size: int, over: Any) -> bool:
+            axes = (over,) if isinstance(over, str) else over or ()
+            return size % math.prod(of.sharding.mesh.shape[axis] for axis in axes) == 0
+        return PartitionSpec(*(over if fits(size, over) else None
+                               for size, over in zip(leaf.shape, split, strict=True)))
+    # Of a square matrix either axis may be gone: Optax's `v_row` lacks the last.
+    for gone in (of.ndim - 1, of.ndim - 2) if "v_row" in names else (of.ndim - 2, of.ndim - 1):
+        if gone >= 0 and leaf.shape == of.shape[:gone] + of.shape[gone + 1:]:
+            return PartitionSpec(*split[:gone], *split[gone + 1:])
     return PartitionSpec()
 
 
