@@ -57,8 +57,13 @@ def compact(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTr
     return optax.GradientTransformation(lambda x: pack(inner.init(x)), update)
 
 
-def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable[[str], int]
-               ) -> optax.GradientTransformation:
+def is_large(x: Any) -> bool:
+    """Whether a leaf of an optimizer's state is worth the way to the host's memory."""
+    return bool(x.ndim > 1 and x.size >= SMALLEST)
+
+
+def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable[[str], int],
+               offload: bool = False) -> optax.GradientTransformationExtraArgs:
     """Each parameter of a dict by a transformation of its own, in a stack each layer by itself.
 
     Layers are taken one after another, since only some steps of a transformation are fused by XLA:
@@ -67,6 +72,8 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
     Args:
       of: the transformation for the parameter of this path.
       axes: how many axes a layer's own array has; those before it are of stacks.
+      offload: the large leaves of the state lie in the host's memory, and come a layer at a time;
+        only where `update`'s `fine` is true do they change.
     """
     def over(call: Callable[..., Any], stacked: int) -> Callable[..., Any]:
         for _ in range(stacked - 1):  # the experts of a layer
@@ -76,13 +83,30 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
     def init(params: Any) -> Any:
         return {path: over(of(path).init, x.ndim - axes(path))(x) for path, x in params.items()}
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        both = {path: over(of(path).update, g.ndim - axes(path))(g, state[path], params[path])
-                for path, g in grads.items()}
+    def update(grads: Any, state: Any, params: Any, *, fine: Any = True, **others: Any
+               ) -> tuple[Any, Any]:
+        def one(path: str) -> tuple[Any, Any]:
+            large = jax.tree.map(is_large, state[path])
+
+            def bring(x: Any, far: bool) -> Any:
+                return jax.device_put(x, jax.memory.Space.Device) if far else x
+
+            def send(new: Any, old: Any, far: bool) -> Any:
+                return (jax.device_put(jnp.where(fine, new, old), jax.memory.Space.Host) if far
+                        else new)
+
+            def there_and_back(grad: jax.Array, old: Any, param: jax.Array) -> tuple[Any, Any]:
+                old = jax.tree.map(bring, old, large)
+                updates, new = of(path).update(grad, old, param)
+                return updates, jax.tree.map(send, new, old, large)
+            call = there_and_back if offload else of(path).update
+            return over(call, grads[path].ndim - axes(path))(grads[path], state[path],
+                                                             params[path])
+        both = {path: one(path) for path in grads}
         return ({path: updates for path, (updates, _) in both.items()},
                 {path: new for path, (_, new) in both.items()})
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -65,6 +65,11 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         raise UserError(f"optimizer.state_dtype={dtype!r}: adafactor with optimizer.b1=0 has no "
                         "moment that it would be used for; leave it 'float32'")
 
+    offload = config.get("offload", False)
+    if offload and dtype == "int8":
+        raise UserError("optimizer.offload: XLA can't bring int8 to a TPU's host and back; use "
+                        "optimizer.state_dtype='bfloat16'")
+
     def is_matrix(path: str) -> bool:
         return path.rsplit(".", 1)[-1] in DECAYED
 
@@ -85,8 +90,8 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         mean = [compact(optax.ema(config.b1), kept(path))] if config.b1 else []
         return optax.chain(factored, *mean)
 
-    scaled = adam if (name, dtype) == ("adamw", "float32") else each_layer(
-        of, lambda path: 1 + is_matrix(path))
+    scaled = adam if (name, dtype, offload) == ("adamw", "float32", False) else each_layer(
+        of, lambda path: 1 + is_matrix(path), offload)
     optimizer = optax.chain(
         scaled,
         optax.add_decayed_weights(config.weight_decay,

@@ -1,6 +1,7 @@
 """Schedules at their key points, AdamW and Adafactor against PyTorch's, what decays, the state."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -188,6 +189,44 @@ def test_bad_optimizers():
     for fields, message in [({"name": "adam"}, "optimizer.name='adam': choose one of adamw, adaf"),
                             ({"state_dtype": "int4"}, "choose one of float32, bfloat16, int8"),
                             ({"name": "adafactor", "b1": 0.0, "state_dtype": "int8"},
-                             "no moment that it would be used for")]:
+                             "no moment that it would be used for"),
+                            ({"offload": True, "state_dtype": "int8"}, "XLA can't bring int8")]:
         with pytest.raises(UserError, match=message):
             make_optimizer(settings(**fields), lambda step: 1.0)
+
+
+@pytest.mark.slow
+def test_curves_beside_adamws_in_float32():
+    """A small network that copies another: the others go down as AdamW does, or faster."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    def matrices(key, scale):
+        return {"layers.mlp.kernel": scale * jax.random.normal(key, (2, 64, 128)) / 8,
+                "layers.out.kernel": scale * jax.random.normal(key, (2, 128, 64)) / 11}
+    x, teacher = jax.random.normal(keys[0], (256, 64)), matrices(keys[1], 2.0)
+
+    def loss(params, at=x):
+        y = [at, at]
+        for i, tree in enumerate((params, teacher)):
+            for layer in range(2):
+                inner = jnp.tanh(y[i] @ tree["layers.mlp.kernel"][layer])
+                y[i] = y[i] + inner @ tree["layers.out.kernel"][layer]
+        return jnp.mean((y[0] - y[1])**2)
+
+    def curve(fields):
+        optimizer = make_optimizer(settings(b2=0.99, clip_norm=1.0, **fields), lambda step: 3e-3)
+
+        def step(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), value
+        start = matrices(keys[2], 0.5)
+        return jax.jit(lambda: jax.lax.scan(step, (start, optimizer.init(start)), None, 150)[1])()
+    exact = curve({})
+    assert exact[-1] < 0.05 * exact[0]
+    for fields, closest, worst in [
+            ({"state_dtype": "bfloat16"}, 0.998, 1.002), ({"state_dtype": "int8"}, 0.8, 1.02),
+            ({"name": "adafactor"}, 0.4, 1.02), ({"name": "adafactor", "b1": 0.0}, 0.7, 1.3),
+            ({"name": "adafactor", "state_dtype": "int8"}, 0.4, 1.02)]:
+        ratio = np.asarray(curve(fields) / exact)
+        assert closest < ratio.min() and ratio.max() < worst, fields
