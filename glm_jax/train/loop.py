@@ -93,7 +93,7 @@ class Loop:
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.state = init_state(by_path(parts.trainable), optimizer, run.mesh,
-                                config.optimizer.ema)
+                                config.optimizer.ema, config.optimizer.offload)
         self.step_function = make_step(parts.graphdef, parts.trainable, task.loss, optimizer,
                                        self.state, seed=config.seed,
                                        accumulate=config.batch.accumulate,

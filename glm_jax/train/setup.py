@@ -85,6 +85,9 @@ def build(config: Any) -> Run:
     """
     check_numbers(config)
     mesh = make_mesh({k: v for k, v in config.mesh.items() if k not in ("cpu_devices", "rules")})
+    if config.optimizer.offload and mesh.devices.flat[0].platform == "cpu":
+        raise UserError("optimizer.offload: a CPU's arrays lie in the host's memory already; leave "
+                        "it False")
     with use_rules(config.mesh.rules):
         rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
         if rows % ways:

@@ -1,6 +1,7 @@
 """From a config to the parts of a run, and what a run folder belongs to."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def test_the_abstract_parts_and_state_are_the_real_ones_without_arrays(smoke, va
 
 
 def test_a_step_compiles_for_tpus_that_are_not_there(smoke):
-    config = smoke(**{"model.dtype": "bfloat16", "model.remat": "full"})
+    config = smoke("full", **{"model.dtype": "bfloat16", "model.remat": "full"})
     mesh = make_mesh({"fsdp": 8}, topologies.get_topology_desc("v5e:2x4", "tpu").devices)
     run = setup.build(config)
     parts = setup.make_parts(config, run.task.head, run.task.labels, mesh, None, abstract=True)
@@ -81,7 +82,9 @@ def test_a_step_compiles_for_tpus_that_are_not_there(smoke):
             ("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)),
             Batches(run.task.source("train"), run.task.shape, run.task.pad_id, 0)[0])
         compiled = step.lower(state, parts.frozen, batch).compile()
-    assert "all-gather" in compiled.as_text()
+    # What is trained in float32 is sent as what is computed with.
+    gathered = re.findall(r"= ?(\w+)\[[\d,]+\]\S* all-gather(?:-start)?\(", compiled.as_text())
+    assert gathered and set(gathered) == {"bf16"}
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                for x in jax.tree.leaves(state))
     memory = compiled.memory_analysis()
@@ -113,6 +116,7 @@ def test_rules_of_the_config_say_how_parameters_lie(smoke):
     ({"model.attention": "flash"}, "model.attention='flash': choose one of auto, reference, cudnn"),
     ({"model.attention": "splash"}, "model.attention='splash': it is for a TPU, and the mesh is one"
                                     " of CPUs; use 'auto'"),
+    ({"optimizer.offload": True}, "optimizer.offload: a CPU's arrays lie in the host's memory"),
     ({"log.every": 0}, "log.every=0"),
     ({"max_skipped": 0}, "max_skipped=0"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
