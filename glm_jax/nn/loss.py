@@ -120,20 +120,31 @@ def _whole(how: _How, *parts: jax.Array) -> tuple[jax.Array, ...]:
 def _forward(how: _How, hidden: Any, kernel: Any, targets: Any, weights: Any
              ) -> tuple[jax.Array, Any]:
     trained, matrix = kernel.perturbed, kernel.value
-    head, (_, rows, length, _) = _head(how, matrix), hidden.value.shape
+    head, (_, rows, length, features) = _head(how, matrix), hidden.value.shape
     devices = (ways("batch", rows, how.spread), ways("length", length, how.spread))
+    # A part's product is as large as the logits; that of all features would be as the head itself.
+    most = LOGITS * ways("vocab", spread=how.spread) // head.shape[1]
+    width = max(n for n in range(1, features + 1) if features % n == 0 and (n == 1 or n <= most))
 
     def apart(x: jax.Array) -> jax.Array:
         x = x.reshape(devices[0], rows // devices[0], devices[1], length // devices[1], -1)
         return jnp.swapaxes(x, 1, 2)
 
+    def add(x: jax.Array, dlogits: jax.Array, i: Any, dhead: jax.Array) -> jax.Array:
+        # Each device adds up its own tokens': the sum over devices can wait.
+        x = jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=-1)
+        more = jax.vmap(jax.vmap(over_tokens))(x, dlogits)
+        more += jax.lax.dynamic_slice_in_dim(dhead, i * width, width, axis=2)
+        dhead = jax.lax.dynamic_update_slice_in_dim(dhead, more, i * width, axis=2)
+        return constrain(dhead, "batch", "length", None, "vocab", spread=how.spread)
+
     def body(carry: Any, part: Any) -> tuple[Any, jax.Array]:
         (total, dhead), (x, *rest) = carry, _whole(how, *part)
         loss, dlogits = _chunk_loss(how, matrix.shape[1], head, x, *rest)
         dlogits = dlogits.astype(matrix.dtype)
-        if trained:  # each device adds up its own tokens': the sum over devices can wait
-            dhead += jax.vmap(jax.vmap(over_tokens))(apart(x), apart(dlogits))
-            dhead = constrain(dhead, "batch", "length", None, "vocab", spread=how.spread)
+        if trained:
+            dhead = jax.lax.fori_loop(0, features // width, functools.partial(
+                add, apart(x), apart(dlogits)), dhead)
         return (total + loss, dhead), constrain(over_outputs(dlogits, head), "batch", "length",
                                                 None)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.nn import loss
 from glm_jax.nn.loss import classification_loss, cross_entropy
 from glm_jax.parallel.mesh import make_mesh, sharding
 
@@ -32,6 +33,19 @@ def test_cross_entropy_in_chunks_of_any_size(chunk):
     wanted = jax.value_and_grad(plain, (0, 1))(*args)
     ours = jax.value_and_grad(lambda *a: cross_entropy(*a, chunk=chunk), (0, 1))(*args)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("logits", [30, 150])
+def test_the_number_of_logits_bounds_tokens_and_the_heads_parts(logits, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS", logits)  # of 37 columns: 1 token and feature, or 4
+    args = inputs()
+    ours = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))).lower(*args)
+    sizes = {math.prod(map(int, shape.split("x"))) for shape in
+             re.findall(r"dot_general.*-> tensor<([\dx]+)xf32>", ours.as_text())}
+    assert max(sizes) == max(3, logits // 37) * 37  # a chunk has a token of each of the 3 rows
+    for a, b in zip(jax.tree.leaves(ours.compile()(*args)),
+                    jax.tree.leaves(jax.value_and_grad(plain, (0, 1))(*args)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -64,9 +78,9 @@ def test_large_logits_do_not_overflow():
 def test_bfloat16_keeps_a_float32_sum():
     hidden, kernel, targets, weights = inputs()
     args = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), targets, weights
-    loss, (dhidden, dkernel) = jax.value_and_grad(cross_entropy, (0, 1))(*args)
-    assert (loss.dtype, dhidden.dtype, dkernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
-    np.testing.assert_allclose(loss, plain(*args), rtol=1e-2)
+    value, (dhidden, dkernel) = jax.value_and_grad(cross_entropy, (0, 1))(*args)
+    assert (value.dtype, dhidden.dtype, dkernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(value, plain(*args), rtol=1e-2)
 
 
 def test_classification_loss_leaves_out_what_has_no_weight():
