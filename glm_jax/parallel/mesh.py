@@ -136,18 +136,26 @@ def _tuple(over: str | Sequence[str] | None) -> tuple[str, ...]:
     return (over,) if isinstance(over, str) else tuple(over or ())
 
 
-def _rule(name: str) -> tuple[str, ...]:
+def _rule(name: str, spread: bool = False) -> tuple[str, ...]:
     """The mesh axes that a logical axis is split over."""
-    return _tuple(dict(_OVERRIDES.value).get(name, RULES[name]))
+    axes = _tuple(dict(_OVERRIDES.value).get(name, RULES[name]))
+    if not spread or name not in ("batch", "length", "vocab"):
+        return axes
+    stored = [a for a in _rule("embed") if a in (*_rule("batch"), *_rule("length"))]
+    if name == "vocab":
+        return (*axes, *stored)
+    return tuple(a for a in axes if a not in stored)
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int],
-              gathered: bool = False) -> PartitionSpec:
+              gathered: bool = False, spread: bool = False) -> PartitionSpec:
     """The spec of an array with these logical axes and this shape.
 
     `axes` may be shorter than `shape`: leading dimensions without a name are stacked layers.
     With `gathered`, parameters are taken whole along the axes that split tokens, as a layer
-    computes with them.
+    computes with them. `spread` is the opposite, for a table that is larger than the tokens: these
+    are taken whole along the axes that parameters are stored over, and the vocabulary is split
+    over those too.
 
     Raises:
       UserError: when two dimensions would lie on one mesh axis.
@@ -158,7 +166,7 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapp
     used: dict[str, str] = {}
     for axis, size in zip(names, shape, strict=True):
         name, _, block = (axis or "").partition(":")
-        asked = tuple(a for a in (_rule(name) if name else ())
+        asked = tuple(a for a in (_rule(name, spread) if name else ())
                       if mesh_shape.get(a, 1) > 1 and a not in whole)
         for a in asked:
             if a in used:
@@ -186,12 +194,24 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
     return NamedSharding(mesh, partition(axes, shape, mesh.shape))
 
 
-def constrain(x: jax.Array, *axes: str | None, gathered: bool = False) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None, gathered: bool = False, spread: bool = False
+              ) -> jax.Array:
     """Pins the layout of `x` under the mesh of `jax.set_mesh`; does nothing without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, gathered))
+    return jax.lax.with_sharding_constraint(
+        x, partition(axes, x.shape, mesh.shape, gathered, spread))
+
+
+def ways(name: str, size: int = 0, spread: bool = False) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` cuts a logical axis of this size.
+
+    Of size 0: one that all its mesh axes divide.
+    """
+    mesh_shape = jax.sharding.get_abstract_mesh().shape
+    axes = partition((name,), (size,), mesh_shape, spread=spread)[0]
+    return math.prod(mesh_shape[axis] for axis in _tuple(axes))
 
 
 def put(tree: Any, mesh: Mesh) -> Any:

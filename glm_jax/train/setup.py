@@ -46,7 +46,8 @@ LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batc
          "log.every": 1, "profile.start": 0, "profile.steps": 0, "seed": 0,
          "optimizer.learning_rate": 0, "optimizer.warmup": 0, "optimizer.final": 0,
          "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "optimizer.b1": 0,
-         "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "mesh.cpu_devices": 0}
+         "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "task.label_smoothing": 0,
+         "mesh.cpu_devices": 0}
 MOST = {"steps": 2**31 - 1, "seed": 2**32 - 1, "optimizer.final": 1}
 
 
@@ -120,7 +121,7 @@ def check_numbers(config: Any) -> None:
     for name, most in MOST.items():
         if fields[name] > most:
             raise UserError(f"{name}={fields[name]}: it must be at most {most}")
-    for name in ("optimizer.b1", "optimizer.b2", "optimizer.ema"):
+    for name in ("optimizer.b1", "optimizer.b2", "optimizer.ema", "task.label_smoothing"):
         if fields[name] >= 1:
             raise UserError(f"{name}={fields[name]}: it must be below 1")
     if not config.steps and not 0 < config.epochs < math.inf:

@@ -8,6 +8,8 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from glm_jax.nn.layers import Embedding, Linear, RMSNorm, scan, stack, swiglu
+from glm_jax.parallel.mesh import constrain, make_mesh, sharding
+from tests.nn.test_loss import collectives
 
 
 def plain_swiglu(packed):
@@ -60,6 +62,31 @@ def test_linear_and_embedding():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out[0], table.embedding[...][jnp.array([6, 0])]
                                   .astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("size", [96, 97])  # 97: no axis divides it
+def test_rows_of_a_table_move_and_the_table_does_not(size):
+    mesh, batch, length, features = make_mesh({"fsdp": 4, "tensor": 2}), 8, 6, 32
+    graphdef, state = nnx.split(Embedding(size, features, rngs=nnx.Rngs(0)))
+    tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, size)
+    weight = jax.random.normal(jax.random.key(2), (batch, length, features))
+
+    def loss(state, tokens, weight):
+        rows = nnx.merge(graphdef, state)(tokens, jnp.float32)
+        return jnp.sum(weight * jnp.sin(constrain(rows, "batch", "length", None)))
+
+    where = sharding(("vocab", "embed"), (size, features), mesh)
+    wanted = jax.grad(loss)(state, tokens, weight)
+    with jax.set_mesh(mesh):
+        args = (jax.device_put(state, where), *(
+            jax.device_put(x, sharding(("batch", "length"), x.shape[:2], mesh))
+            for x in (tokens, weight)))
+        compiled = jax.jit(jax.grad(loss), out_shardings=where).lower(*args).compile()
+    for a, b in zip(jax.tree.leaves(compiled(*args)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    found = [(kind, count) for kind, count, _ in collectives(compiled.as_text())]
+    assert max(count for _, count in found) <= batch * length * features // 4
+    assert {kind for kind, count in found if count > batch * length} >= {"all-to-all"}
 
 
 def test_an_adapter_sees_input_kernel_and_key():

@@ -121,6 +121,8 @@ def test_rules_of_the_config_say_how_parameters_lie(smoke):
     ({"max_skipped": 0}, "max_skipped=0"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
     ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
+    ({"task.label_smoothing": 1.0}, "task.label_smoothing=1.0: it must be below 1"),
+    ({"task.label_smoothing": -0.1}, "task.label_smoothing=-0.1: it must be at least 0"),
     ({"steps": 0, "epochs": 0.0}, "epochs=0.0: it must be positive"),
     ({"batch.rows": 6, "batch.accumulate": 4}, "batch.rows=6 must be a multiple"),
     ({"mesh.data": 8, "batch.rows": 12}, "batch.rows=12 must be a multiple"),
