@@ -8,7 +8,7 @@ import pytest
 from configs.pod import get_config
 from glm_jax.errors import UserError
 from glm_jax.nn.compute import Compute
-from glm_jax.parallel.mesh import abstract_mesh
+from glm_jax.parallel.mesh import abstract_mesh, make_mesh
 from glm_jax.train import plan as plans
 from glm_jax.train import setup
 from glm_jax.train.chips import CHIPS, topology
@@ -166,3 +166,14 @@ def test_the_text(compiled):
     shown = text(dataclasses.replace(compiled, warnings=("Involuntary full rematerialization",)))
     assert "v5e:2x2, 4 chips: fsdp=4; 8 rows of 128 tokens; remat full; compiled in" in shown
     assert "of 16.00: fits" in shown and "the compiler warns: Involuntary" in shown
+
+
+def test_an_adapter_lies_on_an_abstract_mesh_as_on_a_real_one():
+    config = small("glm-4-32b-lora")
+
+    def specs(mesh):
+        parts = setup.make_parts(config, "lm", (), mesh, None, abstract=True)
+        return {path: x.sharding.spec for path, x in by_path(parts.trainable).items()}
+    found = specs(abstract_mesh({"fsdp": 4}, 4))
+    assert found == specs(make_mesh({"fsdp": 4}))
+    assert "fsdp" in found["layers.self_attn.q_proj.adapter.lora_a"]
