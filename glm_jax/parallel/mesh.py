@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.errors import UserError
 
@@ -63,24 +63,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
       UserError: for an unknown axis, when there are not as many devices as asked for, or when
         they can't be laid out so.
     """
-    sizes = dict(sizes or {"data": -1})
-    unknown = [name for name in sizes if name not in AXES]
-    if unknown:
-        raise UserError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise UserError(f"mesh: {name} must be a whole number of devices, not {size!r}")
-    shape = [sizes.get(name, 1) for name in AXES]
     ours, devices = devices is None, list(jax.devices() if devices is None else devices)
-    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True) if size != 1)
-    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh: sizes must be positive and at most one may be -1, not {asked}")
-    if -1 in shape:
-        known = -math.prod(shape)
-        if len(devices) % known:
-            raise UserError(f"mesh: {asked} needs a multiple of {known} devices, "
-                            f"there are {len(devices)}")
-        shape[shape.index(-1)] = len(devices) // known
+    shape, asked = _shape(sizes, len(devices))
     wanted = math.prod(shape)
     if wanted > len(devices):
         raise UserError(
@@ -92,6 +76,34 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         raise UserError(f"mesh: {asked or 'one device'} lies in {len(held)} of "
                         f"{jax.process_count()} processes; take sizes that reach into all of them")
     return Mesh(_arranged(shape, devices, asked), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(sizes: Mapping[str, int] | None, count: int) -> AbstractMesh:
+    """A mesh of so many devices that are nowhere: for shapes and shardings, by which it plans."""
+    return AbstractMesh(tuple(_shape(sizes, count)[0]), AXES,
+                        axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]:
+    """The size of each of `AXES` with so many devices, and how a message names what was asked."""
+    sizes = dict(sizes or {"data": -1})
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown:
+        raise UserError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise UserError(f"mesh: {name} must be a whole number of devices, not {size!r}")
+    shape = [sizes.get(name, 1) for name in AXES]
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True) if size != 1)
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"mesh: sizes must be positive and at most one may be -1, not {asked}")
+    if -1 in shape:
+        known = -math.prod(shape)
+        if count % known:
+            raise UserError(f"mesh: {asked} needs a multiple of {known} devices, "
+                            f"there are {count}")
+        shape[shape.index(-1)] = count // known
+    return shape, asked
 
 
 def _arranged(shape: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:
@@ -189,19 +201,34 @@ def _log_replicated(axis: str, size: int, asked: tuple[str, ...], over: tuple[st
                  f"split over {', '.join(over)} only" if over else "replicated", ", ".join(asked))
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """`partition` on a concrete mesh."""
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+             ) -> NamedSharding:
+    """`partition` on a mesh."""
     return NamedSharding(mesh, partition(axes, shape, mesh.shape))
 
 
 def constrain(x: jax.Array, *axes: str | None, gathered: bool = False, spread: bool = False
               ) -> jax.Array:
-    """Pins the layout of `x` under the mesh of `jax.set_mesh`; does nothing without one."""
+    """Pins the layout of `x` under the mesh of `jax.set_mesh`; does nothing without one.
+
+    What is `gathered` has its derivative pinned to where it lies: so the sum over devices goes to
+    each in parts, where all would get it whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, partition(axes, x.shape, mesh.shape, gathered, spread))
+    lies = partition(axes, x.shape, mesh.shape, spread=spread)
+    whole = partition(axes, x.shape, mesh.shape, gathered, spread)
+    return jax.lax.with_sharding_constraint(x, lies) if whole == lies else _gather(whole, lies, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(whole: PartitionSpec, lies: PartitionSpec, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gather.defvjp(lambda whole, lies, x: (_gather(whole, lies, x), None),
+               lambda whole, lies, _, dx: (jax.lax.with_sharding_constraint(dx, lies),))
 
 
 def ways(name: str, size: int = 0, spread: bool = False) -> int:
@@ -231,7 +258,7 @@ def own_rows(rows: int, mesh: Mesh) -> frozenset[int]:
     return frozenset(row for place in places.values() if place for row in range(rows)[place[0]])
 
 
-def data_ways(mesh: Mesh) -> int:
+def data_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in _rule("batch"))
 

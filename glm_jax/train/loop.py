@@ -22,9 +22,10 @@ from glm_jax.parallel.mesh import put, use_rules
 from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
+from glm_jax.train.chips import chip_of
 from glm_jax.train.evaluation import Predictor
 from glm_jax.train.export import export
-from glm_jax.train.flops import PEAK, Flops, training_flops
+from glm_jax.train.flops import Flops, training_flops
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.profile import Profile
 from glm_jax.train.report import write_report
@@ -235,7 +236,7 @@ class Log:
                  flops: Flops, devices: Sequence[Any]):
         self.config, self.schedule, self.tracker = config, schedule, tracker
         self.flops, self.devices = flops, len(devices)
-        self.peak = PEAK.get(devices[0].device_kind)  # none of a CPU
+        self.chip = chip_of(devices[0].device_kind)  # none of a CPU
         self.waiting: tuple[int, Any] | None = None
         self.ended: float | None = None  # when the step that waits was done, if that is known
         self.skipped_in_a_row = 0
@@ -281,9 +282,9 @@ class Log:
             seconds = max(ended - self.since, 1e-9)
             rates = {"train/tokens_per_second": self.tokens / seconds,
                      "train/tokens_per_second_per_device": self.tokens / seconds / self.devices}
-            if self.peak:
+            if self.chip:
                 rates["train/mfu"] = (self.flops.of(self.tokens, self.pairs)
-                                      / (seconds * self.devices * self.peak))
+                                      / (seconds * self.devices * self.chip.flops))
             self.tracker.log(step, {
                 "train/loss": values["loss"], "train/grad_norm": values["grad_norm"],
                 "train/learning_rate": float(self.schedule(step - 1 - values["skipped"])),

@@ -1,23 +1,19 @@
 """From a config to the parts of a run, and what a run folder belongs to."""
 
-import math
-import re
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.experimental import topologies
 
 from glm_jax.convert.hf import init_model, save_model
-from glm_jax.data.packing import Batches
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.models import architecture_of
-from glm_jax.parallel.mesh import make_mesh, sharding
+from glm_jax.parallel.mesh import make_mesh
 from glm_jax.train import setup
-from glm_jax.train.step import by_path, init_state, make_step
+from glm_jax.train.step import by_path, init_state
 
 
 def dtypes(state):
@@ -67,28 +63,6 @@ def test_the_abstract_parts_and_state_are_the_real_ones_without_arrays(smoke, va
     assert all(leaf[-1] for _, leaf in real) and not any(leaf[-1] for _, leaf in abstract)
     assert [(path, leaf[:3]) for path, leaf in abstract] == \
         [(path, leaf[:3]) for path, leaf in real]
-
-
-def test_a_step_compiles_for_tpus_that_are_not_there(smoke):
-    config = smoke("full", **{"model.dtype": "bfloat16", "model.remat": "full"})
-    mesh = make_mesh({"fsdp": 8}, topologies.get_topology_desc("v5e:2x4", "tpu").devices)
-    run = setup.build(config)
-    parts = setup.make_parts(config, run.task.head, run.task.labels, mesh, None, abstract=True)
-    optimizer = optax.adamw(1e-3)
-    state = init_state(by_path(parts.trainable), optimizer, mesh)
-    step = make_step(parts.graphdef, parts.trainable, run.task.loss, optimizer, state, seed=0)
-    with jax.set_mesh(mesh):
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(
-            ("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)),
-            Batches(run.task.source("train"), run.task.shape, run.task.pad_id, 0)[0])
-        compiled = step.lower(state, parts.frozen, batch).compile()
-    # What is trained in float32 is sent as what is computed with.
-    gathered = re.findall(r"= ?(\w+)\[[\d,]+\]\S* all-gather(?:-start)?\(", compiled.as_text())
-    assert gathered and set(gathered) == {"bf16"}
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(state))
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= held  # all of the state is donated
 
 
 def test_scratch_does_not_begin_with_the_weights(smoke):
