@@ -139,10 +139,12 @@ def collectives(text):
     return found
 
 
-@pytest.mark.parametrize(("length", "fewer"), [(16, True), (128, False)])
-def test_no_logits_move_and_the_head_does_once(length, fewer):
-    """On fsdp=4, tensor=2: tokens are gathered where they are fewer than the vocabulary."""
-    mesh, features, vocabulary = make_mesh({"fsdp": 4, "tensor": 2}), 64, 160
+@pytest.mark.parametrize(("sizes", "length", "fewer"), [
+    ({"fsdp": 4, "tensor": 2}, 16, True), ({"fsdp": 4, "tensor": 2}, 128, False),
+    ({"fsdp": 2, "tensor": 2, "sequence": 2}, 16, True)])
+def test_no_logits_move_and_the_head_does_once(sizes, length, fewer):
+    """Tokens are gathered, chunk by chunk, where they are fewer than the vocabulary."""
+    mesh, features, vocabulary = make_mesh(sizes), 64, 160
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(axes, shape, mesh))
               for shape, dtype, axes in (
                   ((8, length, features), jnp.float32, ("batch", "length", None)),
