@@ -37,10 +37,20 @@ def test_every_example_once_and_never_too_much_in_a_row(shape):
     assert all(len(batch) == shape.rows for batch in batches[:-1])
 
 
-def test_rows_are_full():
-    lengths = like_reviews(14_000)
-    batches = plan(lengths, Shape(8, 256, 48), np.random.default_rng(0))
-    assert lengths.sum() / (len(batches) * 8 * 256) > 0.95
+def like_questions(count):
+    """Lengths as of benchmarks/packing.py: short questions, and 4 % of long texts to sum up."""
+    draw = np.random.default_rng(0)
+    short = np.clip(draw.lognormal(3.4, 0.35, count).astype(int), 19, 512)
+    return np.where(draw.random(count) < 0.04, draw.integers(200, 513, count), short)
+
+
+@pytest.mark.parametrize(("lengths", "shape"), [
+    (like_reviews(14_000), Shape(8, 256, 48)), (like_questions(14_000), Shape(8, 512, 512))])
+def test_rows_are_full(lengths, shape):
+    batches = plan(lengths, shape, np.random.default_rng(0))
+    rows = [row for batch in batches for row in batch]
+    assert max(lengths[row].sum() for row in rows) == shape.length
+    assert lengths.sum() / (len(batches) * shape.rows * shape.length) > 0.95
 
 
 def test_the_arrays_of_a_batch():
