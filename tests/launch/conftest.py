@@ -50,15 +50,11 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[subprocess.Popen]:
-    # The runs of a session compile the same few functions: once is enough.
+def server() -> Iterator[subprocess.Popen]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "JAX_PLATFORMS": "cpu",
                         "TF_CPP_MIN_LOG_LEVEL": "2",  # as a door sets it, ahead of jax
                         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # a door forks, no new start
-                        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+                        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a door forks, no new start
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, env=env,
                           stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         yield process
