@@ -78,9 +78,9 @@ def dump(family, method, sizes):
     out += [each for each in moments if each not in same] + arrays("frozen", by_path(frozen))
     seen, plain = [], rules.partition
 
-    def recorded(axes, shape, *rest):
-        spec = plain(axes, shape, *rest)
-        kind = "computed with" if rest[1:] and rest[1] else "activation"
+    def recorded(axes, shape, sizes, gathered=False, spread=False):
+        spec = plain(axes, shape, sizes, gathered, spread)
+        kind = "computed with" if gathered else "spread" if spread else "activation"
         seen.append(line(f"{kind} {'/'.join(axis or '.' for axis in axes)}", shape, spec))
         return spec
     tokens = np.tile(np.arange(1, 17), (8, 1))
