@@ -4,7 +4,7 @@
     python launch/train.py --config=configs/pod.py:glm-4-9b-full \\
         --config.model.path=path/to/glm-4-9b-chat-hf --config.task.train=my.jsonl
 
-The first needs no weights, data or TPU; docs/plans.md has what it says of each, and on which slice.
+The first needs no weights, data or TPU; docs/plans.md has what it says of most, and on which slice.
 Meshes are those of the slices named here: for another, set `mesh` and `batch.rows`.
 
   chatglm3-6b-lora  LoRA on ChatGLM3-6B                    v5e:2x4
@@ -12,7 +12,7 @@ Meshes are those of the slices named here: for another, set `mesh` and `batch.ro
   glm-4-32b-lora    LoRA on GLM-4-32B-0414                 v6e:4x4
   glm-4-32b-full    all its parameters                     v5p:4x4x4
   glm-4.5-air-lora  LoRA on GLM-4.5-Air, 106B, 12B active  v5p:4x4x4
-  glm-4.5-lora      LoRA on GLM-4.5, 355B, 32B active      v5p:4x4x8
+  glm-4.5-lora      LoRA on GLM-4.5, 355B, 32B active      v5p:4x4x8, by arithmetic only
 """
 
 from typing import Any, NamedTuple
