@@ -65,8 +65,8 @@ class Job(NamedTuple):
     dtype: str = "bfloat16"
 
 
-JOBS = {"lora-2b": Job("2b", True, 8), "full-2b": Job("2b", False, 8),
-        "lora-9b": Job("9b", True, 4, remat="full")}
+JOBS = {"lora-2b": Job("2b", True, 8, remat="dots"), "full-2b": Job("2b", False, 8, remat="dots"),
+        "lora-9b": Job("9b", True, 4, remat="dots")}
 
 
 def flags() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The two sides of throughput.py: the same LoRA fine-tuning by glm-jax and by Transformers + PEFT.
+"""The sides of throughput.py and packing.py: LoRA by glm-jax and by Transformers + PEFT alike.
 
 A side is built from a folder and a `Job`; `feed` turns token rows into its batch, `step` trains on
 it and returns the loss, finished. As a program it runs one side alone in a fresh process and prints
@@ -153,13 +153,19 @@ class Theirs:
         return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask),
                 "labels": torch.from_numpy(target)}
 
-    def step(self, batch: Any) -> float:
-        loss = self.model(**batch).loss
-        loss.backward()
+    def step(self, *parts: Any) -> float:
+        """A step over micro-batches: the loss is the mean over all that they learn, as ours is."""
+        first = int(self.job.head == "lm")  # the first token of a row is no target
+        learned = [int((part["labels"].T[first:] >= 0).sum()) for part in parts]
+        total = 0.0
+        for part, count in zip(parts, learned, strict=True):
+            loss = self.model(**part).loss * (count / sum(learned))
+            loss.backward()
+            total += float(loss.detach())
         self.torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return total
 
 
 def resident() -> float:

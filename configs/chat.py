@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # How a conversation is shown: the tokenizer's own template ("chat"), one of data/templates,
         # or "plain": question, answer, end. Empty: "chat" for a model that was trained to.
         "template": "",
+        "label_smoothing": 0.0,  # the share of each target that goes to all tokens alike
     })
     config.trainable = ("adapter",)
     config.epochs = 3.0

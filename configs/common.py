@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
             "accumulate": 1,  # micro-batches that the rows are taken in
         },
         "optimizer": {
+            "name": "adamw",  # or "adafactor": mean squares by rows and columns only
+            "state_dtype": "float32",  # of the moments; or bfloat16, int8
+            "offload": False,  # whether they lie in the host's memory between steps
             "learning_rate": 1e-3, "schedule": "linear", "final": 0.0,
             "warmup": 0.1,  # steps, or below 1 a fraction of them
             "weight_decay": 0.01, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip_norm": 1.0,

@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # The share of the documents with a teacher's vector (launch/embed.py) that are read left
         # to right and learn it behind their end, and how many tokens such a vector counts for.
         "summaries": 0.0, "summary_weight": 10.0,
+        "label_smoothing": 0.0,  # the share of each target that goes to all tokens alike
     })
     config.model.init = "random"
     config.model.tokenizer = "corpus/tokenizer"

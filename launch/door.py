@@ -1,7 +1,9 @@
-"""What every door shares: flags with a config file, devices, and errors as one line."""
+"""What every door shares: flags with a config file, processes, and errors as one line."""
 
+import contextlib
 import difflib
 import errno
+import logging as standard
 import os
 import re
 import runpy
@@ -17,7 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from glm_jax.errors import UserError
+from glm_jax.errors import Interrupted, UserError
+from glm_jax.parallel import processes
 
 FLAGS = flags.FLAGS
 _ARGUMENTS: list[str] = []
@@ -56,7 +59,46 @@ def flags_with_config() -> flags.FlagValues:
                                     lock_config=True)
     flags.DEFINE_string("workdir", None, "the run folder; runs/<config name> by default")
     flags.mark_flag_as_required("config")
+    flags_of_processes()
     return FLAGS
+
+
+def flags_of_processes() -> None:
+    """Defines what `joined` reads."""
+    flags.DEFINE_bool("cluster", False, "this is one of the processes that Cloud TPU, Slurm or a "
+                      "JobSet of Kubernetes has started: see docs/pods.md")
+    flags.DEFINE_string("coordinator", None, "instead: host:port of process 0")
+    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1)
+    flags.DEFINE_integer("process", None, "the number of this one, from 0", lower_bound=0)
+    flags.DEFINE_integer("heartbeat", processes.HEARTBEAT_SECONDS, "seconds without a sign of life "
+                         "after which a process counts as dead and the others end", lower_bound=2)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within: one of several processes, where the flags say so; the first one alone speaks."""
+    given: dict[str, Any] = {name: FLAGS[name].value
+                             for name in ("coordinator", "processes", "process")}
+    missing = [name for name, value in given.items() if value is None]
+    if FLAGS.cluster and len(missing) < 3:
+        raise UserError("--cluster: the cluster says what --coordinator, --processes and --process "
+                        "would; leave out one or the other")
+    if not FLAGS.cluster and len(missing) == 3:
+        yield
+        return
+    if not FLAGS.cluster and missing:
+        raise UserError(f"--{missing[0]} is wanted beside the other two of --coordinator, "
+                        "--processes and --process")
+    if not FLAGS.cluster and given["process"] >= given["processes"]:
+        raise UserError(f"--process={given['process']}: the last of --processes="
+                        f"{given['processes']} has the number {given['processes'] - 1}")
+    port = re.fullmatch(r".+:(\d+)", given["coordinator"] or "cluster:1")
+    if port is None or not 0 < int(port[1]) < 2**16:
+        raise UserError(f"--coordinator={given['coordinator']}: host:port is wanted, of process 0")
+    with processes.joined(**given, heartbeat=FLAGS.heartbeat):
+        if not processes.speaks() and not FLAGS.verbose:
+            standard.disable(standard.WARNING)
+        yield
 
 
 def config_name() -> str:
@@ -75,7 +117,7 @@ def start_devices(cpu_devices: int) -> None:
 
 def console() -> Any:
     from rich.console import Console
-    return Console(soft_wrap=True)
+    return Console(soft_wrap=True, quiet=not processes.speaks())
 
 
 def arguments() -> list[str]:
@@ -113,17 +155,18 @@ def run(main: Callable[[], None], arguments: bool = False) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app.run(lambda _: _guarded(main), flags_parser=lambda argv: _parse(argv, arguments))
-    except _Terminated:
-        _leave("stopped by SIGTERM", 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        _leave("stopped", 130)
+    with processes.ending():
+        try:
+            app.run(lambda _: _guarded(main), flags_parser=lambda argv: _parse(argv, arguments))
+        except _Terminated as error:
+            _leave(str(error), 128 + signal.SIGTERM)
+        except KeyboardInterrupt:
+            _leave("stopped", 130)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
-    raise _Terminated
+    raise _Terminated("stopped by SIGTERM")
 
 
 def _guarded(main: Callable[[], None]) -> None:
@@ -142,13 +185,15 @@ def _guarded(main: Callable[[], None]) -> None:
         if error.errno not in THEIRS:
             raise
         _leave(f"{error.filename or 'writing a file'}: {error.strerror}", 2)
+    except Interrupted as error:
+        if processes.speaks():
+            _leave(str(error), 128 + error.signal)
+        sys.exit(128 + error.signal)
     except Exception as error:
         if type(error).__name__ == "JaxRuntimeError" and "out of memory" in str(error).lower():
             _leave("a device has not enough memory for these lengths and this batch "
                    f"({str(error).splitlines()[0].rpartition(': ')[2]})", 2)
-        if type(error).__name__ != "Interrupted":
-            raise
-        _leave(str(error), 128 + error.signal)  # type: ignore[attr-defined]
+        raise
 
 
 def _leave(message: str, code: int) -> None:

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from glm_jax.parallel import processes
 from launch import door
 
+door.flags_of_processes()
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of data that has any")
@@ -26,6 +28,11 @@ JSON = flags.DEFINE_string("json", "", "also write the figures to this file")
 
 
 def main() -> None:
+    with door.joined():
+        measure()
+
+
+def measure() -> None:
     from glm_jax.data.records import load_records
     from glm_jax.data.split import pick
     from glm_jax.errors import UserError
@@ -56,7 +63,7 @@ def main() -> None:
         raise UserError(f"{MODEL.value}: {NOT_FINITE}")
     name = DATA.value or SPLIT.value
     door.console().print(result_table({name: result.metrics}, result.report, name))
-    if JSON.value:
+    if JSON.value and processes.speaks():
         details = {k: v for k, v in result.report.items() if k != "rows"}
         write_json_atomic(JSON.value, {"model": MODEL.value, "data": name, **details})
 

@@ -22,7 +22,8 @@ def main() -> None:
     from glm_jax.train.report import result_table
 
     workdir = Path(FLAGS.workdir or f"runs/{door.config_name()}")
-    result, final = train(config, workdir)
+    with door.joined():
+        result, final = train(config, workdir)
     split = "test" if "test" in result else "dev"
     door.console().print(result_table(result, final.report, split))
     folders = ", ".join(filter(None, [result["exported"], "result.json", "report.html"]))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,11 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # it only compiles here: any number may at a time
+# The tests, and what they start, compile the same few functions: once is enough.
+COMPILED = tempfile.TemporaryDirectory()
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+               "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -31,20 +31,22 @@ def model_of(tiny, kind, mesh=None, **fields):
     return tiny(head, mesh, **own, **fields)
 
 
-def batches(model, length=24):
-    """Two batches: the examples packed, and apart. Those with a blank have context on both sides.
+def piece(draw, config, size):
+    """An example of random tokens; one with a blank has context on both sides of it.
 
     Every token but the context's has a target of its own, and a weight.
     """
-    draw = np.random.default_rng(0)
+    tokens = draw.integers(1, 60, size)
+    if hasattr(config, "start_token_id"):
+        tokens[size // 3], tokens[size // 2] = MASK if size % 2 else GMASK, SOP
+    weights = draw.uniform(0.5, 2, size).astype(np.float32) * (np.arange(size) >= size // 2)
+    return Piece(tokens.astype(np.int32), draw.integers(1, 60, size), weights)
 
-    def piece(size):
-        tokens = draw.integers(1, 60, size)
-        if hasattr(model.config, "start_token_id"):
-            tokens[size // 3], tokens[size // 2] = MASK if size % 2 else GMASK, SOP
-        weights = draw.uniform(0.5, 2, size).astype(np.float32) * (np.arange(size) >= size // 2)
-        return Piece(tokens.astype(np.int32), draw.integers(1, 60, size), weights)
-    pieces = [piece(size) for size in LENGTHS]
+
+def batches(model, length=24):
+    """Two batches: the examples packed, and apart."""
+    draw = np.random.default_rng(0)
+    pieces = [piece(draw, model.config, size) for size in LENGTHS]
     return (assemble([[pieces[i] for i in row] for row in ROWS],
                      shape_for(model.config, 4, length, 3), 0),  # the last row is empty
             assemble([[one] for one in pieces], shape_for(model.config, 6, 12, 1), 0))

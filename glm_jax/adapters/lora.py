@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from glm_jax.adapters.targets import ALL_LINEAR, find, groups, linears
 from glm_jax.errors import UserError
@@ -274,10 +274,10 @@ def detach(model: nnx.Module) -> None:
             del layer.adapter
 
 
-def _mesh_of(layers: Iterable[Any]) -> Mesh:
+def _mesh_of(layers: Iterable[Any]) -> Mesh | AbstractMesh:
     """The mesh that the kernels of these layers lie on; one device when they lie on none."""
     for layer in layers:
         where = layer.kernel.get_value().sharding
-        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+        if isinstance(where, NamedSharding):
             return where.mesh
     return make_mesh({"data": 1})

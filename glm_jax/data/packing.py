@@ -56,6 +56,7 @@ class Shape(NamedTuple):
       pool: which token of an example stands for it, `last` or `first`.
       features: of the examples' vectors; 0: they have none.
       causal: whether every example is causal.
+      own: the rows that this process fills, of several; None: all.
     """
 
     rows: int
@@ -65,6 +66,7 @@ class Shape(NamedTuple):
     pool: str = "last"
     features: int = 0
     causal: bool = False
+    own: frozenset[int] | None = None
 
     def place(self, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, positions and order of a piece, cut to a row."""
@@ -210,8 +212,7 @@ class Batches:
         epoch, number = self.locate(step)
         with self._lock:
             rows = self._plan(epoch)[number]
-        pieces = [[self.source.piece(i, epoch) for i in row] for row in rows]
-        return assemble(pieces, self.shape, self.pad_id)
+        return _read(self.source, rows, epoch, self.shape, self.pad_id)
 
 
 def stream(batches: Batches) -> Any:
@@ -223,5 +224,15 @@ def stream(batches: Batches) -> Any:
 def once(source: Source, shape: Shape, pad_id: int) -> Iterator[tuple[list[list[int]], Batch]]:
     """Every example once, in batches: the examples' numbers by row and place, and the arrays."""
     for rows in plan(source.lengths(0), shape, None):
-        pieces = [[source.piece(i, 0) for i in row] for row in rows]
-        yield rows, assemble(pieces, shape, pad_id)
+        yield rows, _read(source, rows, 0, shape, pad_id)
+
+
+def _read(source: Source, rows: Sequence[Sequence[int]], epoch: int, shape: Shape, pad_id: int
+          ) -> Batch:
+    """The batch of these examples; rows that are others' stay empty.
+
+    But for the first one, which shows to every process what arrays the batch has.
+    """
+    own = shape.own if shape.own is None else shape.own | {0}
+    return assemble([[source.piece(i, epoch) for i in row] if own is None or r in own else []
+                     for r, row in enumerate(rows)], shape, pad_id)

@@ -14,6 +14,7 @@ from glm_jax.models.config import Config
 from glm_jax.models.weights import Weight
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.layers import Embedding, Linear
+from glm_jax.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class ConvRNN(nnx.Module):
     def classify(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Logits `[batch, 1, labels]` float32."""
         real = jnp.asarray(batch.segments) > 0
-        x = self.embed_tokens(jnp.asarray(batch.tokens), self.dtype) * real[..., None]
+        x = constrain(self.embed_tokens(jnp.asarray(batch.tokens), self.dtype),
+                      "batch", "length", None) * real[..., None]
         keys = (None, None) if key is None else jax.random.split(key)
         x = self._drop(x, keys[0])
         left = (self.config.kernel_size - 1) // 2

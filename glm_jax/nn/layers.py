@@ -57,9 +57,14 @@ class Embedding(nnx.Module):
                                    axes=("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """`[batch, length]` int32 `-> [batch, length, hidden]`."""
-        table = constrain(self.embedding[...].astype(dtype), "vocab", "embed", gathered=True)
-        return table[tokens]
+        """`[batch, length]` int32 `-> [batch, length, hidden]`.
+
+        The table stays where it lies: each device looks up its part of the rows, for the tokens of
+        all devices that share the table. Where their caller wants them whole, the rows move.
+        """
+        table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")
+        rows = table[constrain(tokens, "batch", "length", spread=True)]
+        return constrain(rows, "batch", "length", "embed", spread=True)
 
 
 class RMSNorm(nnx.Module):

@@ -1,86 +1,163 @@
-"""Losses as sums over weighted items, so that micro-batches and devices add up to one mean."""
+"""Losses as sums over weighted items, so that micro-batches and devices add up to one mean.
 
-from typing import Any
+A vocabulary's logits are never held whole: neither all tokens', nor, on several devices, a token's.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from glm_jax.nn.matmul import matmul, over_outputs, over_tokens
+from glm_jax.parallel.mesh import constrain, ways
 
-LOGITS = 2**25  # so many exist at a time, in float32
+LOGITS = 2**25  # so many exist at a time on a device, in float32
 
 
-def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array,
-                  weights: jax.Array, chunk: int = 0) -> jax.Array:
+class _How(NamedTuple):
+    """What a loss is, besides its arrays; `spread` as of `mesh.partition`."""
+
+    soft_cap: float
+    smoothing: float
+    spread: bool
+
+
+def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array,
+                  *, soft_cap: float = 0.0, smoothing: float = 0.0, chunk: int = 0) -> jax.Array:
     """Sum of weight * -log softmax(hidden kernel)[target], never holding all the logits.
 
     The gradient is formed in the same pass over chunks of tokens; that of `kernel` only when it
     is asked for. log-sum-exp is in float32.
+
+    Devices split the vocabulary, and add up what a token's logits sum to. Those that store parts
+    of the kernel (`embed`) and have tokens of their own split it too, and each computes with the
+    tokens of all of them, where these are fewer than the vocabulary; else the kernel is gathered,
+    once. Each chunk has tokens of every device.
 
     Args:
       hidden: `[batch, length, hidden]`.
       kernel: `[hidden, vocabulary]`.
       targets: `[batch, length]` int32.
       weights: `[batch, length]` float32.
-      chunk: about how many tokens a chunk has; rows are cut along their length. 0: as many as
-        give `LOGITS`, and at least 1,024.
+      soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, 2024); 0: they stay.
+      smoothing: the share of each target that goes to all tokens alike (Szegedy et al. 2016).
+      chunk: about how many tokens a device takes at a time; rows are cut along their length. 0: as
+        many as give `LOGITS`.
 
     Returns:
       A float32 scalar.
     """
     batch, length, _ = hidden.shape
-    chunk = chunk or max(1024, LOGITS // kernel.shape[1])
-    size = min(length, max(1, chunk // batch))
-    pad = -length % size
+    shares = [ways("batch", batch, spread) * ways("length", length, spread)
+              for spread in (False, True)]
+    spread = shares[0] != shares[1] and batch * length // shares[1] <= kernel.shape[1]
+    columns = -(-kernel.shape[1] // ways("vocab", spread=spread))
+    parts = ways("length", length)
+    own = length // parts
+    size = max(1, (chunk or LOGITS // columns) * shares[spread] // (batch * parts))
+    size = -(-own // -(-own // size))  # all chunks alike
 
     def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+        x = x.reshape(batch, parts, own, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, -own % size)] + [(0, 0)] * (x.ndim - 3))
+        x = jnp.moveaxis(x.reshape(batch, parts, -1, size, *x.shape[3:]), 2, 0)
+        x = x.reshape(len(x), batch, parts * size, *x.shape[4:])
+        return constrain(x, None, "batch", "length", *[None] * (x.ndim - 3))
 
-    return _cross_entropy(cut(hidden), kernel.astype(hidden.dtype), cut(targets),
+    return _cross_entropy(_How(soft_cap, smoothing, spread), cut(hidden),
+                          kernel.astype(hidden.dtype), cut(targets),
                           cut(weights.astype(jnp.float32)))
 
 
-def _chunk_loss(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-                ) -> tuple[jax.Array, jax.Array]:
-    """The loss of a chunk and its gradient for the logits."""
-    logits = matmul(hidden, kernel, jnp.float32)
+def _head(how: _How, kernel: jax.Array) -> jax.Array:
+    """The kernel as chunks are multiplied with it: its columns split, padded to equal parts."""
+    kernel = constrain(kernel, "embed", "vocab")
+    pad = -kernel.shape[1] % ways("vocab", spread=how.spread)
+    return constrain(jnp.pad(kernel, [(0, 0), (0, pad)]), None, "vocab", spread=how.spread)
+
+
+def _chunk_loss(how: _How, vocabulary: int, kernel: jax.Array, hidden: jax.Array,
+                targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The loss of a chunk and its gradient for the logits `[batch, length, columns]`."""
+    logits = constrain(matmul(hidden, kernel, jnp.float32), "batch", "length", "vocab",
+                       spread=how.spread)
+    slope = jnp.float32(1)
+    if how.soft_cap:
+        capped = jnp.tanh(logits / how.soft_cap)
+        logits, slope = how.soft_cap * capped, 1 - capped * capped
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    target = (1 - how.smoothing) * (column == targets[..., None])
+    if how.smoothing:
+        target += how.smoothing / vocabulary * (column < vocabulary)
+    if logits.shape[-1] > vocabulary:
+        logits = jnp.where(column < vocabulary, logits, jnp.finfo(jnp.float32).min)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = jnp.sum(exp, axis=-1, keepdims=True)
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    loss = jnp.sum(weights * (jnp.log(total) + top - own)[..., 0])
-    one_hot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    return loss, (exp / total - one_hot) * weights[..., None]
+    meant = jnp.sum(jnp.where(target > 0, target * logits, 0), axis=-1, keepdims=True)
+    loss = jnp.sum(weights * (jnp.log(total) + top - meant)[..., 0])
+    return loss, (exp / total - target) * weights[..., None] * slope
 
 
-@jax.custom_vjp
-def _cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-                   ) -> jax.Array:
-    def body(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + _chunk_loss(part[0], kernel, *part[1:])[0], None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(how: _How, hidden: jax.Array, kernel: jax.Array, targets: jax.Array,
+                   weights: jax.Array) -> jax.Array:
+    head, vocabulary = _head(how, kernel), kernel.shape[1]
+
+    def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+        return total + _chunk_loss(how, vocabulary, head, *_whole(how, *part))[0], None
     return jax.lax.scan(body, jnp.float32(0), (hidden, targets, weights))[0]
 
 
-def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any) -> tuple[jax.Array, Any]:
-    trained, matrix = kernel.perturbed, kernel.value
+def _whole(how: _How, *parts: jax.Array) -> tuple[jax.Array, ...]:
+    """A chunk's arrays, with the tokens of all devices that split the vocabulary."""
+    return tuple(constrain(x, "batch", "length", *[None] * (x.ndim - 2), spread=how.spread)
+                 for x in parts)
 
-    def body(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        total, dkernel = carry
-        loss, dlogits = _chunk_loss(part[0], matrix, *part[1:])
+
+def _forward(how: _How, hidden: Any, kernel: Any, targets: Any, weights: Any
+             ) -> tuple[jax.Array, Any]:
+    trained, matrix = kernel.perturbed, kernel.value
+    head, (_, rows, length, features) = _head(how, matrix), hidden.value.shape
+    devices = (ways("batch", rows, how.spread), ways("length", length, how.spread))
+    # A part's product is as large as the logits; that of all features would be as the head itself.
+    most = LOGITS * ways("vocab", spread=how.spread) // head.shape[1]
+    width = max(n for n in range(1, features + 1) if features % n == 0 and (n == 1 or n <= most))
+
+    def apart(x: jax.Array) -> jax.Array:
+        x = x.reshape(devices[0], rows // devices[0], devices[1], length // devices[1], -1)
+        return jnp.swapaxes(x, 1, 2)
+
+    def add(x: jax.Array, dlogits: jax.Array, i: Any, dhead: jax.Array) -> jax.Array:
+        # Each device adds up its own tokens': the sum over devices can wait.
+        x = jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=-1)
+        more = jax.vmap(jax.vmap(over_tokens))(x, dlogits)
+        more += jax.lax.dynamic_slice_in_dim(dhead, i * width, width, axis=2)
+        dhead = jax.lax.dynamic_update_slice_in_dim(dhead, more, i * width, axis=2)
+        return constrain(dhead, "batch", "length", None, "vocab", spread=how.spread)
+
+    def body(carry: Any, part: Any) -> tuple[Any, jax.Array]:
+        (total, dhead), (x, *rest) = carry, _whole(how, *part)
+        loss, dlogits = _chunk_loss(how, matrix.shape[1], head, x, *rest)
         dlogits = dlogits.astype(matrix.dtype)
         if trained:
-            dkernel += over_tokens(part[0], dlogits)
-        return (total + loss, dkernel), over_outputs(dlogits, matrix)
+            dhead = jax.lax.fori_loop(0, features // width, functools.partial(
+                add, apart(x), apart(dlogits)), dhead)
+        return (total + loss, dhead), constrain(over_outputs(dlogits, head), "batch", "length",
+                                                None)
 
-    zero = jnp.zeros(matrix.shape, jnp.float32) if trained else None
-    (total, dkernel), dhidden = jax.lax.scan(
+    zero = jnp.zeros((*devices, *head.shape), jnp.float32) if trained else None
+    (total, dhead), dhidden = jax.lax.scan(
         body, (jnp.float32(0), zero), (hidden.value, targets.value, weights.value))
-    return total, (dhidden, None if dkernel is None else dkernel.astype(matrix.dtype))
+    if dhead is None:
+        return total, (dhidden, None)
+    dkernel = constrain(jnp.sum(dhead, axis=(0, 1)), "embed", "vocab")
+    return total, (dhidden, dkernel[:, :matrix.shape[1]].astype(matrix.dtype))
 
 
-def _backward(saved: Any, g: Any) -> tuple[Any, ...]:
+def _backward(how: _How, saved: Any, g: Any) -> tuple[Any, ...]:
     dhidden, dkernel = saved
     return (dhidden * g.astype(dhidden.dtype),
             None if dkernel is None else dkernel * g.astype(dkernel.dtype), None, None)

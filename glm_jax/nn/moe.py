@@ -182,8 +182,8 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
     """`dispatch` with experts split over the mesh axis of that name, and tokens over theirs.
 
     The tokens that are split over `expert` too are gathered over it, each device computes what its
-    own experts make of them, and the sums over experts are scattered back. Without a mesh it is
-    `dispatch`.
+    own experts make of them, and the sums over experts are scattered back. Where nothing but
+    features is split, over `tensor`, it is `dispatch`.
 
     Args:
       run: `run(state, common, rows, product)`, as in `dispatch`, for the experts of a state.
@@ -201,7 +201,8 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
         return out.reshape(x.shape)
 
     numbers = jnp.arange(count)
-    if mesh.empty or mesh.size == 1:
+    manual = {name for name, size in mesh.shape.items() if name != "tensor" and size > 1}
+    if not manual:  # XLA fails on a region that is manual in axes of one device only
         return local(x, weights, experts, numbers, state, common)
     tokens = partition(("batch", "length", None), x.shape, mesh.shape)
     split = partition(("experts",), (count,), mesh.shape)
@@ -215,7 +216,6 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
             return jax.lax.psum(local(*args), "expert")
         own = [jax.lax.all_gather(part, "expert", tiled=True) for part in args[:3]]
         return jax.lax.psum_scatter(local(*own, *args[3:]), "expert", tiled=True)
-    manual = {name for name in mesh.axis_names if name != "tensor"}
     specs = (tokens, tokens, tokens, split, split, PartitionSpec())
     return jax.shard_map(summed, in_specs=specs, out_specs=tokens, axis_names=manual,
                          check_vma=False)(x, weights, experts, numbers, state, common)

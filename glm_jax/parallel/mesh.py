@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.errors import UserError
 
@@ -63,24 +63,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
       UserError: for an unknown axis, when there are not as many devices as asked for, or when
         they can't be laid out so.
     """
-    sizes = dict(sizes or {"data": -1})
-    unknown = [name for name in sizes if name not in AXES]
-    if unknown:
-        raise UserError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise UserError(f"mesh: {name} must be a whole number of devices, not {size!r}")
-    shape = [sizes.get(name, 1) for name in AXES]
     ours, devices = devices is None, list(jax.devices() if devices is None else devices)
-    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True) if size != 1)
-    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh: sizes must be positive and at most one may be -1, not {asked}")
-    if -1 in shape:
-        known = -math.prod(shape)
-        if len(devices) % known:
-            raise UserError(f"mesh: {asked} needs a multiple of {known} devices, "
-                            f"there are {len(devices)}")
-        shape[shape.index(-1)] = len(devices) // known
+    shape, asked = _shape(sizes, len(devices))
     wanted = math.prod(shape)
     if wanted > len(devices):
         raise UserError(
@@ -92,6 +76,34 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         raise UserError(f"mesh: {asked or 'one device'} lies in {len(held)} of "
                         f"{jax.process_count()} processes; take sizes that reach into all of them")
     return Mesh(_arranged(shape, devices, asked), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(sizes: Mapping[str, int] | None, count: int) -> AbstractMesh:
+    """A mesh of so many devices that are nowhere: for shapes and shardings, by which it plans."""
+    return AbstractMesh(tuple(_shape(sizes, count)[0]), AXES,
+                        axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]:
+    """The size of each of `AXES` with so many devices, and how a message names what was asked."""
+    sizes = dict(sizes or {"data": -1})
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown:
+        raise UserError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise UserError(f"mesh: {name} must be a whole number of devices, not {size!r}")
+    shape = [sizes.get(name, 1) for name in AXES]
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True) if size != 1)
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"mesh: sizes must be positive and at most one may be -1, not {asked}")
+    if -1 in shape:
+        known = -math.prod(shape)
+        if count % known:
+            raise UserError(f"mesh: {asked} needs a multiple of {known} devices, "
+                            f"there are {count}")
+        shape[shape.index(-1)] = count // known
+    return shape, asked
 
 
 def _arranged(shape: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:
@@ -136,18 +148,26 @@ def _tuple(over: str | Sequence[str] | None) -> tuple[str, ...]:
     return (over,) if isinstance(over, str) else tuple(over or ())
 
 
-def _rule(name: str) -> tuple[str, ...]:
+def _rule(name: str, spread: bool = False) -> tuple[str, ...]:
     """The mesh axes that a logical axis is split over."""
-    return _tuple(dict(_OVERRIDES.value).get(name, RULES[name]))
+    axes = _tuple(dict(_OVERRIDES.value).get(name, RULES[name]))
+    if not spread or name not in ("batch", "length", "vocab"):
+        return axes
+    stored = [a for a in _rule("embed") if a in (*_rule("batch"), *_rule("length"))]
+    if name == "vocab":
+        return (*axes, *stored)
+    return tuple(a for a in axes if a not in stored)
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int],
-              gathered: bool = False) -> PartitionSpec:
+              gathered: bool = False, spread: bool = False) -> PartitionSpec:
     """The spec of an array with these logical axes and this shape.
 
     `axes` may be shorter than `shape`: leading dimensions without a name are stacked layers.
     With `gathered`, parameters are taken whole along the axes that split tokens, as a layer
-    computes with them.
+    computes with them. `spread` is the opposite, for a table that is larger than the tokens: these
+    are taken whole along the axes that parameters are stored over, and the vocabulary is split
+    over those too.
 
     Raises:
       UserError: when two dimensions would lie on one mesh axis.
@@ -158,7 +178,7 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapp
     used: dict[str, str] = {}
     for axis, size in zip(names, shape, strict=True):
         name, _, block = (axis or "").partition(":")
-        asked = tuple(a for a in (_rule(name) if name else ())
+        asked = tuple(a for a in (_rule(name, spread) if name else ())
                       if mesh_shape.get(a, 1) > 1 and a not in whole)
         for a in asked:
             if a in used:
@@ -181,23 +201,50 @@ def _log_replicated(axis: str, size: int, asked: tuple[str, ...], over: tuple[st
                  f"split over {', '.join(over)} only" if over else "replicated", ", ".join(asked))
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """`partition` on a concrete mesh."""
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+             ) -> NamedSharding:
+    """`partition` on a mesh."""
     return NamedSharding(mesh, partition(axes, shape, mesh.shape))
 
 
-def constrain(x: jax.Array, *axes: str | None, gathered: bool = False) -> jax.Array:
-    """Pins the layout of `x` under the mesh of `jax.set_mesh`; does nothing without one."""
+def constrain(x: jax.Array, *axes: str | None, gathered: bool = False, spread: bool = False
+              ) -> jax.Array:
+    """Pins the layout of `x` under the mesh of `jax.set_mesh`; does nothing without one.
+
+    What is `gathered` has its derivative pinned to where it lies: so the sum over devices goes to
+    each in parts, where all would get it whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, gathered))
+    lies = partition(axes, x.shape, mesh.shape, spread=spread)
+    whole = partition(axes, x.shape, mesh.shape, gathered, spread)
+    return jax.lax.with_sharding_constraint(x, lies) if whole == lies else _gather(whole, lies, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(whole: PartitionSpec, lies: PartitionSpec, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gather.defvjp(lambda whole, lies, x: (_gather(whole, lies, x), None),
+               lambda whole, lies, _, dx: (jax.lax.with_sharding_constraint(dx, lies),))
+
+
+def ways(name: str, size: int = 0, spread: bool = False) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` cuts a logical axis of this size.
+
+    Of size 0: one that all its mesh axes divide.
+    """
+    mesh_shape = jax.sharding.get_abstract_mesh().shape
+    axes = partition((name,), (size,), mesh_shape, spread=spread)[0]
+    return math.prod(mesh_shape[axis] for axis in _tuple(axes))
 
 
 def put(tree: Any, mesh: Mesh) -> Any:
     """Host arrays `[batch, …]` to the mesh, the batch over the data axes.
 
-    With several processes each gives the same whole batch; a device takes its rows.
+    With several processes each gives batches of the same size; a device takes its rows.
     """
     def one(x: Any) -> jax.Array:
         where = sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
@@ -205,7 +252,13 @@ def put(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
-def data_ways(mesh: Mesh) -> int:
+def own_rows(rows: int, mesh: Mesh) -> frozenset[int]:
+    """Which rows of a batch lie on devices of this process."""
+    places = sharding(("batch",), (rows,), mesh).addressable_devices_indices_map((rows,))
+    return frozenset(row for place in places.values() if place for row in range(rows)[place[0]])
+
+
+def data_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in _rule("batch"))
 

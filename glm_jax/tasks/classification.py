@@ -97,9 +97,9 @@ class Classification(NamedTuple):
             raise UserError(f"task.train={config.train}: its {len(examples['train'])} training "
                             f"rows have {len(labels)} different labels; is {config.label!r} the "
                             "label column? Name it with --config.task.label=NAME")
-        for name in ("word_dropout", "label_smoothing"):
-            if not 0 <= config[name] < 1:
-                raise UserError(f"task.{name}={config[name]}: a share from 0 to below 1 is wanted")
+        if not 0 <= config.word_dropout < 1:
+            raise UserError(f"task.word_dropout={config.word_dropout}: a share from 0 to below 1 "
+                            "is wanted")
         for split, rows in examples.items():
             check_labels(rows, labels, split, CUT if not config.get(split) else MEND)
         return cls(config, tokenizer, shape, examples, labels,

@@ -133,11 +133,13 @@ class Instruction:
         """Sum of the cross-entropies of the answers' tokens."""
         hidden, _ = model(batch, key=key)
         return cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets),
-                             jnp.asarray(batch.weights))
+                             jnp.asarray(batch.weights), smoothing=self.config.label_smoothing)
 
     def predict(self, model: Any, batch: Batch) -> jax.Array:
-        """The loss of a batch and the number of its answers' tokens, `[2]`."""
-        return jnp.stack([self.loss(model, batch, None), jnp.sum(jnp.asarray(batch.weights))])
+        """The cross-entropy of a batch and the number of its answers' tokens, `[2]`."""
+        hidden, weights = model(batch)[0], jnp.asarray(batch.weights)
+        loss = cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets), weights)
+        return jnp.stack([loss, jnp.sum(weights)])
 
     def evaluate(self, run: Run, split: str) -> Evaluation:
         """Loss and perplexity of a token of an answer."""

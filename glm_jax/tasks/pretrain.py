@@ -122,7 +122,7 @@ class Pretrain(NamedTuple):
         """Sum of the weighted cross-entropies of the targets, and of what summaries lack."""
         hidden, _ = model(batch, key=key)
         loss = cross_entropy(hidden, model.vocabulary_kernel(), jnp.asarray(batch.targets),
-                             jnp.asarray(batch.weights))
+                             jnp.asarray(batch.weights), smoothing=self.config.label_smoothing)
         if batch.vectors is None:
             return loss
         lack = jnp.sum(jnp.asarray(batch.label_weights)) - cosines(hidden, batch)

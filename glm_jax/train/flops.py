@@ -9,7 +9,7 @@ half of length² pairs (PaLM, arXiv:2204.02311, appendix B, counts all). The voc
 counts only where logits are computed, an expert's as often as tokens choose it. Norms, activations,
 the optimizer, and what remat computes again are not counted.
 
-    MFU = operations of a step / (seconds · devices · `PEAK`)
+    MFU = operations of a step / (seconds · devices · `Chip.flops`)
 """
 
 from collections.abc import Collection
@@ -17,11 +17,6 @@ from typing import Any, NamedTuple
 
 from glm_jax.convert.parameters import flat
 
-# Operations a second in bfloat16, dense, by JAX's `device_kind`: Google's pages of each TPU
-# (cloud.google.com/tpu/docs), NVIDIA's data sheets of A100, H100 SXM, H200 SXM and HGX B200.
-PEAK = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
-        "NVIDIA B200": 2250e12}
 ONCE = ("pooler", "score")  # heads of classifiers: a product an example, not a token
 
 

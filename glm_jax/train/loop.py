@@ -2,29 +2,30 @@
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Batches, stream
-from glm_jax.errors import UserError
+from glm_jax.errors import Interrupted, UserError
 from glm_jax.files import locked, write_json_atomic
+from glm_jax.parallel import processes
 from glm_jax.parallel.mesh import put, use_rules
 from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
+from glm_jax.train.chips import chip_of
 from glm_jax.train.evaluation import Predictor
 from glm_jax.train.export import export
-from glm_jax.train.flops import PEAK, Flops, training_flops
+from glm_jax.train.flops import Flops, training_flops
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.profile import Profile
 from glm_jax.train.report import write_report
@@ -42,17 +43,6 @@ class Finished(NamedTuple):
     final: Evaluation
 
 
-class Interrupted(Exception):
-    """The run was told to stop, and has saved what is sound: `signal` says by what."""
-
-    def __init__(self, signum: int, step: int, saved: bool):
-        on = ("which is saved; the same command goes on from there" if saved else
-              "which is not saved, since its numbers are not finite; the same command goes on from "
-              "the last good checkpoint")
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, {on}")
-        self.signal = signum
-
-
 def train(config: Any, workdir: Path) -> Finished:
     """Runs a config to its end in `workdir`, or goes on where it stopped.
 
@@ -63,17 +53,24 @@ def train(config: Any, workdir: Path) -> Finished:
     started = time.monotonic()
     run = setup.build(config)
     identity = setup.identity(config, run.task)
-    setup.check_same_run(workdir, identity)
+    processes.check_same(identity | flatten_dict({"mesh": config.mesh.to_dict()}, sep="."))
+    if processes.speaks():
+        identity |= setup.model_hashes(config)  # reads all weights
+        setup.check_same_run(workdir, identity)
     with (jax.set_mesh(run.mesh), use_rules(config.mesh.rules),
           setup.matmul_precision(config)):
         loop = Loop(config, workdir, run, started)
         if config.log.wandb_project:
             import_wandb()
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
+        if not processes.speaks():
+            processes.see(workdir / "config.json")
+            return loop.run()
         workdir.mkdir(parents=True, exist_ok=True)
-        with locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        with locked(workdir):
             write_json_atomic(workdir / "config.json", {
                 "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
+            processes.see(workdir / "config.json")
             return loop.run()
 
 
@@ -97,7 +94,7 @@ class Loop:
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.state = init_state(by_path(parts.trainable), optimizer, run.mesh,
-                                config.optimizer.ema)
+                                config.optimizer.ema, config.optimizer.offload)
         self.step_function = make_step(parts.graphdef, parts.trainable, task.loss, optimizer,
                                        self.state, seed=config.seed,
                                        accumulate=config.batch.accumulate,
@@ -128,7 +125,7 @@ class Loop:
                                        config=self.config.to_dict(),
                                        tensorboard=self.config.log.tensorboard,
                                        wandb_project=self.config.log.wandb_project)
-                with (contextlib.closing(tracker), asked_to_stop() as asked,
+                with (contextlib.closing(tracker), processes.asked_to_stop() as asked,
                       contextlib.closing(Profile(self.config.profile, self.workdir)) as profile):
                     step = self.train(step, tracker, profile, asked)
             self.checkpoints.wait()
@@ -137,7 +134,7 @@ class Loop:
             self.checkpoints.close()
 
     def train(self, step: int, tracker: Tracker, profile: Profile,
-              asked: Callable[[], int | None]) -> int:
+              asked: Callable[[int], int | None]) -> int:
         """Steps until the end, early stopping or a signal; returns the last step."""
         config = self.config
         log = Log(config, self.schedule, tracker, self.flops, list(self.mesh.devices.flat))
@@ -155,7 +152,7 @@ class Loop:
                 self.first_step_seconds = time.monotonic() - self.started
             evaluate = step % config.eval.every == 0 or step == self.steps
             save = config.checkpoint.every and step % config.checkpoint.every == 0
-            stop = asked()
+            stop = asked(step)
             if evaluate or save or stop:
                 log.flush()
                 # What is not sound is not saved: good checkpoints would have to go for it.
@@ -226,8 +223,9 @@ class Loop:
         exported = export(self.config, self.parts.model(judged(self.state)),
                           self.parts.lora_config, self.tokenizer, self.workdir)
         result["exported"] = exported
-        write_json_atomic(path, result)
-        write_report(self.workdir, final.report, task.final)
+        if processes.speaks():
+            write_json_atomic(path, result)
+            write_report(self.workdir, final.report, task.final)
         return Finished(result, final)
 
 
@@ -238,7 +236,7 @@ class Log:
                  flops: Flops, devices: Sequence[Any]):
         self.config, self.schedule, self.tracker = config, schedule, tracker
         self.flops, self.devices = flops, len(devices)
-        self.peak = PEAK.get(devices[0].device_kind)  # none of a CPU
+        self.chip = chip_of(devices[0].device_kind)  # none of a CPU
         self.waiting: tuple[int, Any] | None = None
         self.ended: float | None = None  # when the step that waits was done, if that is known
         self.skipped_in_a_row = 0
@@ -284,26 +282,11 @@ class Log:
             seconds = max(ended - self.since, 1e-9)
             rates = {"train/tokens_per_second": self.tokens / seconds,
                      "train/tokens_per_second_per_device": self.tokens / seconds / self.devices}
-            if self.peak:
+            if self.chip:
                 rates["train/mfu"] = (self.flops.of(self.tokens, self.pairs)
-                                      / (seconds * self.devices * self.peak))
+                                      / (seconds * self.devices * self.chip.flops))
             self.tracker.log(step, {
                 "train/loss": values["loss"], "train/grad_norm": values["grad_norm"],
                 "train/learning_rate": float(self.schedule(step - 1 - values["skipped"])),
                 "train/skipped": values["skipped"]} | rates)
             self.tokens, self.pairs, self.since = 0, 0.0, ended
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], int | None]]:
-    """Within: SIGTERM and Ctrl-C only leave a note; a second one ends the program at once."""
-    notes: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        notes.append(signum)
-        before.close()
-
-    with contextlib.ExitStack() as before:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            before.callback(signal.signal, signum, signal.signal(signum, note))
-        yield lambda: notes[0] if notes else None

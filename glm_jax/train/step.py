@@ -1,5 +1,6 @@
 """The training step: one jitted function over (trainable state, frozen parameters, batch)."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.nn.batch import Batch, pairs
+from glm_jax.train.moments import is_large
+
+HOST = "pinned_host"  # the kind of memory that an optimizer's state is offloaded to
 
 State = dict[str, Any]
 Loss = Callable[[Any, Batch, jax.Array | None], jax.Array]
@@ -27,11 +31,12 @@ def bind(template: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
 
 
 def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransformation,
-               mesh: Mesh, ema: float = 0.0) -> State:
+               mesh: Mesh, ema: float = 0.0, offload: bool = False) -> State:
     """Trainable parameters (float32 or the config's), optimizer state and counters, on the mesh.
 
-    With `ema`, also the parameters' running average, which begins where they do. Of abstract
-    parameters (`jax.ShapeDtypeStruct`s with shardings) it makes an abstract state.
+    With `ema`, also the parameters' running average, which begins where they do. With `offload`
+    the large arrays of the optimizer's state lie in the host's memory. Of abstract parameters
+    (`jax.ShapeDtypeStruct`s with shardings) it makes an abstract state.
     """
     def begin(trainable: Mapping[str, Any]) -> State:
         average = {"average": jax.tree.map(jnp.copy, trainable)} if ema else {}
@@ -42,6 +47,10 @@ def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransforma
     shapes = jax.eval_shape(begin, trainable)
     where = jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _beside(path, leaf, trainable)), shapes)
+    if offload:
+        where["optimizer"] = jax.tree.map(
+            lambda leaf, place: place.with_memory_kind(HOST) if is_large(leaf) else place,
+            shapes["optimizer"], where["optimizer"])
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in trainable.values()):
         rest = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, where)
     else:
@@ -50,11 +59,26 @@ def init_state(trainable: Mapping[str, Any], optimizer: optax.GradientTransforma
 
 
 def _beside(path: tuple[Any, ...], leaf: Any, trainable: Mapping[str, Any]) -> PartitionSpec:
-    """How a leaf of the state is split: as the parameter that its path names, or not at all."""
-    for name in (str(getattr(key, "key", "")) for key in path):
-        if name in trainable and trainable[name].shape == leaf.shape:
-            where = trainable[name].sharding
-            return where.spec if isinstance(where, NamedSharding) else PartitionSpec()
+    """How a leaf of the state is split: as the parameter that its path names, or not at all.
+
+    A mean over one of a matrix's axes is split as the others; the scales of blocks as the axes
+    along which they lie.
+    """
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    of = next((trainable[name] for name in names if name in trainable), None)
+    if of is None or not isinstance(of.sharding, NamedSharding):
+        return PartitionSpec()
+    split = (*of.sharding.spec, *(None,) * (of.ndim - len(of.sharding.spec)))
+    if leaf.ndim == of.ndim:
+        def fits(size: int, over: Any) -> bool:
+            axes = (over,) if isinstance(over, str) else over or ()
+            return size % math.prod(of.sharding.mesh.shape[axis] for axis in axes) == 0
+        return PartitionSpec(*(over if fits(size, over) else None
+                               for size, over in zip(leaf.shape, split, strict=True)))
+    # Of a square matrix either axis may be gone: Optax's `v_row` lacks the last.
+    for gone in (of.ndim - 1, of.ndim - 2) if "v_row" in names else (of.ndim - 2, of.ndim - 1):
+        if gone >= 0 and leaf.shape == of.shape[:gone] + of.shape[gone + 1:]:
+            return PartitionSpec(*split[:gone], *split[gone + 1:])
     return PartitionSpec()
 
 
@@ -97,6 +121,8 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
         return loss(model, batch, key) / weight
 
     gradient = jax.value_and_grad(total)
+    update = optax.with_extra_args_support(optimizer).update
+    where = jax.tree.map(lambda x: x.sharding, state)
 
     def step(state: State, frozen: nnx.State, batch: Batch) -> tuple[State, Any]:
         arrays = state["trainable"]
@@ -113,14 +139,16 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, arrays))
             (value, grads), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
         norm = optax.global_norm(grads)
-        updates, opt = optimizer.update(grads, state["optimizer"], arrays)
         fine = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt = update(grads, state["optimizer"], arrays, fine=fine)
         new = {"trainable": optax.apply_updates(arrays, updates), "optimizer": opt}
         if ema:
             left = jnp.minimum(ema, (1 + state["step"]) / (10 + state["step"]))
             new["average"] = optax.incremental_update(new["trainable"], state["average"], 1 - left)
-        old = {name: state[name] for name in new}
-        new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+        old, places = ({name: tree[name] for name in new} for tree in (state, where))
+        new = jax.tree.map(  # what lies on the host was chosen on its way there
+            lambda a, b, place: a if place.memory_kind == HOST else jnp.where(fine, a, b),
+            new, old, places)
         bad = (~fine).astype(jnp.int32)
         new |= {"step": state["step"] + 1, "skipped": state["skipped"] + bad,
                 "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * bad}
@@ -129,5 +157,4 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
                    "tokens": jnp.sum(jnp.asarray(batch.segments) > 0), "pairs": pairs(batch)}
         return new, metrics
 
-    where = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))

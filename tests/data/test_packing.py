@@ -37,10 +37,20 @@ def test_every_example_once_and_never_too_much_in_a_row(shape):
     assert all(len(batch) == shape.rows for batch in batches[:-1])
 
 
-def test_rows_are_full():
-    lengths = like_reviews(14_000)
-    batches = plan(lengths, Shape(8, 256, 48), np.random.default_rng(0))
-    assert lengths.sum() / (len(batches) * 8 * 256) > 0.95
+def like_questions(count):
+    """Lengths as of benchmarks/packing.py: short questions, and 4 % of long texts to sum up."""
+    draw = np.random.default_rng(0)
+    short = np.clip(draw.lognormal(3.4, 0.35, count).astype(int), 19, 512)
+    return np.where(draw.random(count) < 0.04, draw.integers(200, 513, count), short)
+
+
+@pytest.mark.parametrize(("lengths", "shape"), [
+    (like_reviews(14_000), Shape(8, 256, 48)), (like_questions(14_000), Shape(8, 512, 512))])
+def test_rows_are_full(lengths, shape):
+    batches = plan(lengths, shape, np.random.default_rng(0))
+    rows = [row for batch in batches for row in batch]
+    assert max(lengths[row].sum() for row in rows) == shape.length
+    assert lengths.sum() / (len(batches) * shape.rows * shape.length) > 0.95
 
 
 def test_the_arrays_of_a_batch():
@@ -126,3 +136,28 @@ def test_once_says_which_example_stands_where():
 def test_nothing_to_train_on():
     with pytest.raises(UserError, match="nothing to train on"):
         Batches(Numbered([]), Shape(2, 16, 4), 0, 0)[0]
+
+
+def test_a_process_reads_its_own_rows_and_the_first():
+    """Which shows what arrays a batch has, also where its own rows are empty."""
+    asked = set()
+
+    class Asked(Numbered):
+        def piece(self, index, epoch):
+            asked.add(index)
+            return super().piece(index, epoch)
+    source, shape = Asked(like_reviews(40)), Shape(4, 256, 8)
+    own = shape._replace(own=frozenset({2, 3}))
+    for (rows, whole), (_, part) in zip(once(source, shape, 0), once(source, own, 0), strict=True):
+        for name, a in vars(whole).items():
+            b = getattr(part, name)
+            if not isinstance(a, np.ndarray):
+                assert a == b, name
+            else:
+                assert a.shape == b.shape
+                np.testing.assert_array_equal(a[[0, 2, 3]], b[[0, 2, 3]], name)
+        assert not part.segments[1].any() and whole.segments[:len(rows)].any(axis=1).all()
+    rows = plan(source.sizes, shape, np.random.default_rng((0, 0)))[0]
+    asked.clear()
+    Batches(source, own, 0, 0)[0]
+    assert asked == {index for r in (0, 2, 3) for index in rows[r]}

@@ -3,9 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +14,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Reads a JSON line {"argv", "folder", "cwd", "limit"} and answers with the process and, when it
-# has ended, its status. No backend of JAX is started before the fork: each door starts its own.
+# Reads a JSON line, a list of {"argv", "folder", "cwd", "limit"}; answers with a list of processes
+# and, when all have ended, with one of their statuses. No backend of JAX is started before the
+# fork: each door starts its own.
 SERVER = """
 import json, os, resource, runpy, sys, traceback
 import jax, glm_jax.train.loop, glm_jax.train.load
-for line in sys.stdin:
-    job = json.loads(line)
+def start(job):
     child = os.fork()
     if not child:
         for number, name, how in ((0, "in", os.O_RDONLY), (1, "out", os.O_CREAT | os.O_WRONLY),
@@ -39,20 +40,21 @@ for line in sys.stdin:
             code = 1
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    return child
+for line in sys.stdin:
+    children = list(map(start, json.loads(line)))
+    print(json.dumps(children), flush=True)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(ends), flush=True)
 """
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[subprocess.Popen]:
-    # The runs of a session compile the same few functions: once is enough.
+def server() -> Iterator[subprocess.Popen]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "JAX_PLATFORMS": "cpu",
+                        "TF_CPP_MIN_LOG_LEVEL": "2",  # as a door sets it, ahead of jax
                         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # a door forks, no new start
-                        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+                        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a door forks, no new start
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, env=env,
                           stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         yield process
@@ -60,24 +62,53 @@ def server(tmp_path_factory) -> Iterator[subprocess.Popen]:
 
 
 @pytest.fixture
-def door(server, tmp_path) -> Callable[..., SimpleNamespace]:
+def doors(server, tmp_path) -> Callable[..., list[SimpleNamespace]]:
+    """`doors(("train", "--config=…"), …)`: several, which run at the same time."""
+    def run(*each: Sequence[str], stdin: bytes = b"", cwd: Path = ROOT, limit: int = 0,
+            meanwhile: Callable[[list[int]], None] = lambda pids: None) -> list[SimpleNamespace]:
+        jobs = []
+        for name, *arguments in each:
+            folder = tmp_path / f"door{len(list(tmp_path.glob('door*')))}"
+            folder.mkdir()
+            (folder / "in").write_bytes(stdin)
+            argv = [str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
+            jobs.append({"argv": argv, "folder": str(folder), "cwd": str(cwd), "limit": limit})
+        server.stdin.write(json.dumps(jobs) + "\n")
+        server.stdin.flush()
+        meanwhile(json.loads(server.stdout.readline()))
+        return [SimpleNamespace(code=code, out=(folder / "out").read_text(),
+                                err=(folder / "err").read_text())
+                for code, folder in zip(json.loads(server.stdout.readline()),
+                                        (Path(job["folder"]) for job in jobs), strict=True)]
+    return run
+
+
+@pytest.fixture
+def door(doors) -> Callable[..., SimpleNamespace]:
     """`door("train", "--config=…", stdin=b"")`: its `code`, `out` and `err`.
 
     `meanwhile` is called with the process; no file may grow beyond `limit` bytes.
     """
-    def run(name: str, *arguments: str, stdin: bytes = b"", cwd: Path = ROOT, limit: int = 0,
-            meanwhile: Callable[[int], None] = lambda pid: None) -> SimpleNamespace:
-        folder = tmp_path / f"door{len(list(tmp_path.glob('door*')))}"
-        folder.mkdir()
-        (folder / "in").write_bytes(stdin)
-        argv = [str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
-        job = {"argv": argv, "folder": str(folder), "cwd": str(cwd), "limit": limit}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        meanwhile(int(server.stdout.readline()))
-        code = int(server.stdout.readline())
-        return SimpleNamespace(code=code, out=(folder / "out").read_text(),
-                               err=(folder / "err").read_text())
+    def run(*arguments: str, meanwhile: Callable[[int], None] = lambda pid: None,
+            **how) -> SimpleNamespace:
+        return doors(arguments, meanwhile=lambda pids: meanwhile(pids[0]), **how)[0]
+    return run
+
+
+@pytest.fixture
+def pod(doors) -> Callable[..., list[SimpleNamespace]]:
+    """`pod(2, "train", …)`: as `door`, in so many processes that are one job.
+
+    `own` are further arguments of each; `meanwhile` is called with all of them.
+    """
+    def run(processes: int, *arguments: str, own: Sequence[Sequence[str]] | None = None, **how
+            ) -> list[SimpleNamespace]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return doors(*((*arguments, f"--coordinator=127.0.0.1:{port}", f"--processes={processes}",
+                        f"--process={number}", *(own[number] if own else ()))
+                       for number in range(processes)), **how)
     return run
 
 

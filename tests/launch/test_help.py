@@ -13,7 +13,8 @@ import pytest
 from tests.launch.conftest import ROOT
 
 DOORS = {"train": "--config:", "evaluate": "--model:", "predict": "--model:", "convert": "--model:",
-         "corpus": "--out:", "generate": "--model:", "models": "--[no]json:"}
+         "corpus": "--out:", "generate": "--model:", "models": "--[no]json:",
+         "tpu/pod": "--type:", "gke/jobset": "--topology:", "slurm/submit": "--gpus:"}
 
 
 @pytest.mark.parametrize("name", DOORS)

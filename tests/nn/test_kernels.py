@@ -16,7 +16,7 @@ from glm_jax.models import as_batch
 from glm_jax.nn.attention import Mask, reference
 from glm_jax.nn.batch import Batch, reach, visible
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.kernels import choose, cudnn, over_mesh, splash
+from glm_jax.nn.kernels import choose, cudnn, cudnn_packed, over_mesh, splash
 from glm_jax.parallel.mesh import make_mesh, sharding
 from tests.packed import KINDS, MASK, SOP, batches, model_of
 
@@ -101,6 +101,40 @@ def test_what_cudnn_is_asked_for_equals_the_reference():
 @pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="there is no GPU")
 def test_cudnn_equals_the_reference():
     assert_equal_reference(functools.partial(by_cudnn, implementation="cudnn"), jnp.bfloat16, 0.02)
+
+
+def apart(query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+    """What JAX documents of cuDNN's packed texts, text by text; NaN where there is none."""
+    assert mask_type.name == "PADDING_CAUSAL" and q_offsets.shape[1] == q_seqlen.shape[1] + 1
+    assert scale == query.shape[-1]**-0.5 and query.shape == key.shape == value.shape
+    out = np.full(query.shape, np.nan, np.float32)
+    for row, (sizes, starts) in enumerate(zip(q_seqlen, q_offsets, strict=True)):
+        assert (sizes >= 0).sum() == (starts >= 0).sum() > 0
+        for start, size in zip(starts, sizes, strict=False):
+            if size >= 0:
+                here = (slice(row, row + 1), slice(start, start + size))
+                causal = np.tril(np.ones((1, size, size), bool))
+                out[here] = reference(query[here], key[here], value[here], causal)
+    return jnp.asarray(out)
+
+
+def test_packed_texts_are_told_to_cudnn_one_by_one(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", apart)
+    draw = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(4 * draw.standard_normal((3, 24, heads, 8)), jnp.float32)
+                         for heads in (4, 2, 2))
+    segments = np.repeat([[1, 2, 3, 0], [1, 1, 1, 1], [0, 1, 2, 2]], [1, 11, 8, 4], axis=1)
+    order = np.tile(np.arange(24), (3, 1))
+    found = cudnn_packed(query, key, value, segments, count=4)
+    wanted = reference(query, key, value, visible(segments + 1, order, segments + 1, order))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_know_whether_they_are_causal(tiny):
+    causal = {kind: as_batch(model_of(tiny, kind).config, np.ones((1, 4), np.int32)).causal
+              for kind in KINDS}
+    assert causal.pop("glm") == 1 and not any(causal.values()), causal
 
 
 def test_cudnn_is_what_a_gpu_gets(monkeypatch):

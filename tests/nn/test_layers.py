@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from glm_jax.nn.layers import Embedding, Linear, RMSNorm, scan, stack, swiglu
+from glm_jax.nn.layers import Embedding, Linear, RMSNorm, rms_norm, scan, stack, swiglu
+from glm_jax.parallel.mesh import constrain, make_mesh, sharding
+from tests.nn.test_loss import collectives
 
 
 def plain_swiglu(packed):
@@ -62,6 +64,31 @@ def test_linear_and_embedding():
                                   .astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("size", [96, 97])  # 97: no axis divides it
+def test_rows_of_a_table_move_and_the_table_does_not(size):
+    mesh, batch, length, features = make_mesh({"fsdp": 4, "tensor": 2}), 8, 6, 32
+    graphdef, state = nnx.split(Embedding(size, features, rngs=nnx.Rngs(0)))
+    tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, size)
+    weight = jax.random.normal(jax.random.key(2), (batch, length, features))
+
+    def loss(state, tokens, weight):
+        rows = nnx.merge(graphdef, state)(tokens, jnp.float32)
+        return jnp.sum(weight * jnp.sin(constrain(rows, "batch", "length", None)))
+
+    where = sharding(("vocab", "embed"), (size, features), mesh)
+    wanted = jax.grad(loss)(state, tokens, weight)
+    with jax.set_mesh(mesh):
+        args = (jax.device_put(state, where), *(
+            jax.device_put(x, sharding(("batch", "length"), x.shape[:2], mesh))
+            for x in (tokens, weight)))
+        compiled = jax.jit(jax.grad(loss), out_shardings=where).lower(*args).compile()
+    for a, b in zip(jax.tree.leaves(compiled(*args)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    found = [(kind, count) for kind, count, _ in collectives(compiled.as_text())]
+    assert max(count for _, count in found) <= batch * length * features // 4
+    assert {kind for kind, count in found if count > batch * length} >= {"all-to-all"}
+
+
 def test_an_adapter_sees_input_kernel_and_key():
     linear = Linear(3, 4, ("embed", "mlp"), bias=True, rngs=nnx.Rngs(0))
     linear.bias[...] = jnp.arange(4.0)
@@ -89,3 +116,21 @@ def test_scan_runs_every_layer_in_order_with_its_own_inputs(monkeypatch, unrolle
         wanted = wanted @ kernels[i] + extra[i]
     np.testing.assert_allclose(last, wanted, rtol=1e-4)
     np.testing.assert_allclose(sums, np.stack(befores), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_derivative_of_rms_norm_is_that_of_its_formula(dtype):
+    draw = np.random.default_rng(0)
+    x, dy = (jnp.asarray(5 * draw.standard_normal((2, 3, 16)), dtype) for _ in range(2))
+    scale = jnp.asarray(draw.standard_normal(16), dtype)
+
+    def formula(x, scale):
+        x, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale
+
+    wanted = jax.vjp(formula, x, scale)[1](dy.astype(jnp.float32))
+    found = jax.vjp(lambda x, scale: rms_norm(x, scale, 1e-5), x, scale)[1](dy)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32),
+                                   rtol=0.01 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)

@@ -79,8 +79,6 @@ def test_word_dropout_hides_some_tokens_of_the_training_texts(load):
     assert 0.25 < np.mean(shares) < 0.35 and len(set(shares)) > 5
     with pytest.raises(UserError, match=r"task.word_dropout=1.5: a share from 0 to below 1"):
         load(rows, rows, rows, word_dropout=1.5)
-    with pytest.raises(UserError, match=r"task.label_smoothing=1: a share from 0 to below 1"):
-        load(rows, rows, rows, label_smoothing=1)
 
 
 @pytest.mark.parametrize("weights", [(1, 2), (1, 2, -1), (1, 2, 0), ("balance",), ("a", "b", "c"),

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -174,3 +176,28 @@ def test_a_bad_row_of_any_split_is_told_before_training_and_each_is_encoded_once
         load("dev")
     task = load("fine")
     assert task.source("dev") is task.source("dev") and len(task.source("train").ids) == 1
+
+
+def test_training_is_smoothed_and_what_is_reported_is_not():
+    task, draw = make(), np.random.default_rng(0)
+    task = dataclasses.replace(task, config=ConfigDict({"label_smoothing": 0.1}))
+    batch = assemble([[task.source("train").piece(0, 0)]], Shape(1, 64, 64), 0)
+    size = int(batch.targets.max()) + 2
+    hidden = draw.normal(size=(1, 64, 3)).astype(np.float32)
+    kernel = draw.normal(size=(3, size)).astype(np.float32)
+
+    class Fixed:
+        """A model whose hidden states are given."""
+        def __call__(self, batch, key=None):
+            return jnp.asarray(hidden), None
+
+        def vocabulary_kernel(self):
+            return jnp.asarray(kernel)
+
+    logp = np.asarray(jax.nn.log_softmax(hidden @ kernel))
+    own = np.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
+    wanted = -(batch.weights * own).sum()
+    np.testing.assert_allclose(task.predict(Fixed(), batch), [wanted, batch.weights.sum()],
+                               rtol=1e-5)
+    np.testing.assert_allclose(task.loss(Fixed(), batch, None), 0.9 * wanted
+                               - 0.1 * (batch.weights * logp.mean(-1)).sum(), rtol=1e-5)

@@ -33,9 +33,10 @@ def corpus(base, tmp_path):
     return write(tmp_path / "corpus", base, 120)
 
 
-def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE):
+def make(base, corpus, mixture=(0.4, 0.2, 0.4), summaries=0.0, shape=SHAPE,
+         smoothing=0.0):
     config = ConfigDict({"corpus": str(corpus), "mixture": mixture, "summaries": summaries,
-                         "summary_weight": 7.0})
+                         "summary_weight": 7.0, "label_smoothing": smoothing})
     return Pretrain(config, load_tokenizer(base), shape, seed=0)
 
 
@@ -70,7 +71,10 @@ def test_the_loss_and_the_perplexity(base, corpus, tiny):
     own = np.take_along_axis(np.asarray(logp), batch.targets[..., None], -1)[..., 0]
     wanted = -(own * batch.weights).sum()
     assert float(task.loss(model, batch, None)) == pytest.approx(float(wanted), rel=1e-4)
-    loss, weight, *none = task.predict(model, batch)
+    smoothed = 0.9 * wanted - 0.1 * (logp.mean(-1) * batch.weights).sum()
+    assert float(make(base, corpus, smoothing=0.1).loss(model, batch, None)) == pytest.approx(
+        float(smoothed), rel=1e-4)
+    loss, weight, *none = make(base, corpus, smoothing=0.1).predict(model, batch)  # unsmoothed
     assert (float(loss), float(weight)) == pytest.approx((wanted, batch.weights.sum()), rel=1e-4)
     assert none == [0, 0] and batch.vectors is None
 

@@ -17,11 +17,18 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from glm_jax.errors import UserError
+from glm_jax.parallel.mesh import make_mesh
 from glm_jax.train import checkpoint
 from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.optimizer import make_optimizer
+from glm_jax.train.step import init_state
 
 
 class Moments(NamedTuple):
@@ -300,6 +307,43 @@ def test_one_device_to_eight(tmp_path):
     step, state = Checkpoints(tmp_path).restore(abstract(make_state()))  # and back to one
     assert step == 20
     assert_same(state, make_state(10))
+
+
+@pytest.mark.parametrize("fields", [
+    {"name": "adafactor"}, {"state_dtype": "int8"}, {"state_dtype": "bfloat16"}])
+def test_each_optimizer_goes_on_bit_for_bit(tmp_path, fields):
+    """On the mesh that it was saved on; on another each array comes back as it was."""
+    optimizer = make_optimizer(ConfigDict({
+        "weight_decay": 0.01, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip_norm": 1.0, **fields}),
+        lambda step: 1e-2)
+    kernel = np.random.default_rng(0).normal(size=(2, 128, 128)).astype(np.float32)
+
+    def begin(sizes):
+        mesh = make_mesh(sizes)
+        where = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+        return init_state({"layers.q_proj.kernel": jax.device_put(kernel, where)}, optimizer, mesh)
+    state = begin({"fsdp": 4, "tensor": 2})
+
+    @jax.jit
+    def step(state):
+        params = state["trainable"]
+        gradient = jax.tree.map(jnp.sin, params)
+        updates, new = optimizer.update(gradient, state["optimizer"], params)
+        return state | {"trainable": optax.apply_updates(params, updates), "optimizer": new}
+    for _ in range(2):
+        state = step(state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, {"state": state})
+    checkpoints.wait()
+    for sizes in ({"fsdp": 4, "tensor": 2}, {"fsdp": 2}):
+        fresh = begin(sizes)
+        restored = checkpoints.restore({"state": fresh})[1]["state"]
+        assert_same(restored, state)
+        for got, wanted in zip(*map(jax.tree.leaves, (restored, fresh)), strict=True):
+            assert got.sharding == wanted.sharding
+        if sizes["fsdp"] == 4:
+            assert_same(step(restored), step(state))
+    checkpoints.close()
 
 
 def test_kill_during_a_save_leaves_a_folder_that_restores(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from glm_jax.errors import UserError
+from glm_jax.errors import Interrupted, UserError
 from glm_jax.parallel.mesh import make_mesh
 from glm_jax.tasks import Evaluation
 from glm_jax.tasks.classification import Classification
@@ -64,7 +64,7 @@ def test_stopped_and_gone_on_is_the_same_as_never_stopped(smoke, stop_at, tmp_pa
     for step, name in ((1, signal.SIGTERM), (4, signal.SIGINT)):
         before = signal.getsignal(name)
         stop_at(step, name)
-        with pytest.raises(loop.Interrupted, match=f"{name.name} after step {step}, which"):
+        with pytest.raises(Interrupted, match=f"{name.name} after step {step}, which"):
             loop.train(smoke(), parts)
         monkeypatch.undo()
         assert signal.getsignal(name) is before
@@ -103,7 +103,7 @@ def test_the_best_on_dev_is_what_is_tested_and_exported(smoke, scores, stop_at, 
     monkeypatch.setattr(loop.Loop, "evaluate", remember)
     asked = scores(0.5, 0.8, 0.8, 0.9)
     stop_at(3)
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         loop.train(smoke(**fields), tmp_path)
     monkeypatch.undo()
     assert asked == ["dev"] * 3  # the test split has not been looked at
@@ -171,7 +171,7 @@ def test_steps_that_are_skipped_push_no_good_checkpoint_out(smoke, tmp_path, mon
     monkeypatch.setattr(loop, "make_step", make_step)
     fields = {"checkpoint.every": 1, "eval.every": 2}
     stop_at(5)
-    with pytest.raises(loop.Interrupted, match=r"not saved, .* goes on from the last good"):
+    with pytest.raises(Interrupted, match=r"not saved, .* goes on from the last good"):
         loop.train(smoke(**fields), tmp_path)
     steps = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert sorted(steps) == ["1", "2"]
@@ -193,7 +193,7 @@ def test_a_damaged_best_checkpoint_ends_nothing(smoke, scores, stop_at, tmp_path
     fields = {"eval.every": 1, "checkpoint.every": 0}
     scores(0.5, 0.8, 0.6, 0.7)
     stop_at(4)
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         loop.train(smoke(**fields), tmp_path)
     monkeypatch.undo()
     damage(tmp_path / "checkpoints" / "2")
@@ -238,7 +238,7 @@ def test_a_checkpoint_with_a_changed_byte_is_not_used(smoke, stop_at, tmp_path, 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(smoke(), whole)
     stop_at(4)
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(Interrupted):
         loop.train(smoke(), parts)
     monkeypatch.undo()
     damage(parts / "checkpoints" / "4")

@@ -10,11 +10,14 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from glm_jax.adapters import lora, partition
 from glm_jax.data.packing import Piece, Shape, assemble
 from glm_jax.nn.loss import classification_loss
 from glm_jax.parallel.mesh import make_mesh, put, sharding
+from glm_jax.train.optimizer import make_optimizer
 from glm_jax.train.step import batch_weight, bind, by_path, init_state, judged, make_step
 from tests.packed import KINDS, assert_same, loss_and_gradient, model_of
 from tests.packed import batches as packings
@@ -59,7 +62,7 @@ class Trainer(NamedTuple):
 @pytest.fixture(scope="module")
 def trainer(tiny):
     def make(sizes=ONE, patterns=("adapter", "score"), dropout=0.0, accumulate=1,
-             optimizer=None, ema=0.0):
+             optimizer=None, ema=0.0, offload=False):
         mesh = make_mesh(sizes)
         graphdef, arrays = nnx.split(tiny("sequence", mesh))
         model = nnx.merge(graphdef, jax.tree.map(jnp.copy, arrays))  # a step donates its state
@@ -69,7 +72,7 @@ def trainer(tiny):
             lora.attach(model, config)
         parts = partition(model, patterns)
         optimizer = optimizer or optax.adamw(1e-2)
-        state = init_state(by_path(parts[1]), optimizer, mesh, ema)
+        state = init_state(by_path(parts[1]), optimizer, mesh, ema, offload)
         step = make_step(parts[0], parts[1], loss, optimizer, state, seed=5, accumulate=accumulate,
                          ema=ema)
         return Trainer(mesh, state, parts[2], step, parts)
@@ -86,19 +89,13 @@ def assert_close(tree, other, **how):
         np.testing.assert_allclose(leaf, there, err_msg=str(path), **how)
 
 
-@pytest.fixture(scope="module")
-def on_one_device(trainer):
-    losses, state, _ = trainer(dropout=0.1).run(batches(20))
-    return losses, host(state["trainable"])
-
-
-@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 8}, {"fsdp": 8},
-                                   {"tensor": 2}])
-def test_twenty_losses_are_the_same_on_every_mesh(trainer, on_one_device, sizes):
-    losses, state, _ = trainer(sizes, dropout=0.1).run(batches(20))
-    np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
+def test_what_twenty_steps_train_is_the_same_on_a_mesh(trainer):
+    """Of a classifier; test_meshes.py has the losses of every family on every axis."""
+    wanted, one, _ = trainer(dropout=0.1).run(batches(20))
+    losses, state, _ = trainer({"fsdp": 4, "tensor": 2}, dropout=0.1).run(batches(20))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     assert len(set(losses)) == 20
-    assert_close(host(state["trainable"]), on_one_device[1], atol=1e-4)
+    assert_close(host(state["trainable"]), host(one["trainable"]), atol=1e-4)
 
 
 def test_everything_lies_where_the_rules_say(trainer):
@@ -121,6 +118,99 @@ def test_everything_lies_where_the_rules_say(trainer):
     a = state["trainable"]["layers.self_attn.q_proj.adapter.lora_a"]
     assert a.addressable_shards[0].data.shape == (2, 8, 4)
     assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(state))
+
+
+def optimizer_of(**fields):
+    return make_optimizer(ConfigDict({
+        "weight_decay": 0.01, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip_norm": 1.0, **fields}),
+        lambda step: 1e-2)
+
+
+WIDE = {
+    "layers.q_proj.kernel": ((3, 128, 128), (None, "fsdp", "tensor")),
+    "layers.down_proj.kernel": ((3, 256, 128), (None, "tensor", "fsdp")),
+    "layers.mlp.experts.up_proj.kernel": ((2, 2, 128, 384), (None, None, "fsdp", "tensor")),
+    "layers.norm.scale": ((3, 128), (None, None)),
+    "layers.q_proj.bias": ((3, 128), (None, "tensor")),
+    "embed_tokens.embedding": ((134, 128), ("tensor", "fsdp")),
+    "score.kernel": ((128, 3), ("fsdp", None)),
+}
+# Optax's v_row is the mean over the longer axis, of a square over the last; v_col the other.
+MEANS = {
+    ("v_row", "layers.q_proj.kernel"): ((3, 128), (None, "fsdp")),
+    ("v_col", "layers.q_proj.kernel"): ((3, 128), (None, "tensor")),
+    ("v_row", "layers.down_proj.kernel"): ((3, 128), (None, "fsdp")),
+    ("v_col", "layers.down_proj.kernel"): ((3, 256), (None, "tensor")),
+    ("v_row", "layers.mlp.experts.up_proj.kernel"): ((2, 2, 128), (None, None, "fsdp")),
+    ("v_col", "layers.mlp.experts.up_proj.kernel"): ((2, 2, 384), (None, None, "tensor")),
+    ("v_row", "embed_tokens.embedding"): ((128,), ("fsdp",)),
+    ("v_col", "embed_tokens.embedding"): ((134,), ("tensor",)),
+}
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_statistics_and_scales_lie_as_their_parameter(abstract):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    trainable = {name: jax.ShapeDtypeStruct(shape, jnp.float32,
+                                            sharding=NamedSharding(mesh, P(*spec)))
+                 for name, (shape, spec) in WIDE.items()}
+    if not abstract:
+        trainable = {name: jax.device_put(jnp.ones(x.shape), x.sharding)
+                     for name, x in trainable.items()}
+    seen = set()
+    for fields in ({"name": "adafactor"}, {"state_dtype": "int8"}, {"state_dtype": "bfloat16"}):
+        state = init_state(trainable, optimizer_of(**fields), mesh)["optimizer"]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            name = next((key.key for key in path if getattr(key, "key", None) in WIDE), None)
+            field = ".".join(key.name for key in path if hasattr(key, "name"))
+            shape, spec = MEANS.get((field, name)) or WIDE.get(name, ((), ()))
+            if field.endswith("scale"):
+                shape = (*shape[:-2], shape[-2] // 16, shape[-1] // 16)
+            elif leaf.size <= 4:  # counts, and what Optax puts where nothing is kept
+                shape, spec = leaf.shape, ()
+            assert leaf.shape == shape, path
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), leaf.ndim), path
+            seen.add((field, name, leaf.dtype.name))
+        away = init_state(trainable, optimizer_of(**fields), mesh, offload=True)
+        for leaf, here in zip(*map(jax.tree.leaves, (away["optimizer"], state)), strict=True):
+            large = leaf.ndim > 1 and leaf.size >= 4096
+            kind = "pinned_host" if large else leaf.sharding.mesh.devices.flat[0].default_memory(
+                ).kind
+            assert leaf.sharding == here.sharding.with_memory_kind(kind)
+        assert all(x.sharding.memory_kind != "pinned_host" for x in away["trainable"].values())
+    assert {(*which, "float32") for which in MEANS} | {
+        ("ema", "layers.q_proj.kernel", "float32"), ("v", "layers.q_proj.bias", "float32"),
+        ("nu.codes", "layers.mlp.experts.up_proj.kernel", "uint8"),
+        ("mu.scale", "layers.down_proj.kernel", "float32"),
+        ("nu", "embed_tokens.embedding", "float32"), ("nu", "embed_tokens.embedding", "bfloat16"),
+        ("mu", "score.kernel", "float32")} <= seen
+
+
+@pytest.mark.slow
+def test_a_state_in_the_hosts_memory_is_the_same_and_stays_there(trainer):
+    """As a TPU's and a GPU's; simulated devices have such memory too."""
+    items = batches(4)
+    items[2] = dataclasses.replace(items[2], label_weights=items[2].label_weights * np.nan)
+    sizes = {"fsdp": 4, "tensor": 2}
+    results = {}
+    for offload in (False, True):
+        # Of half of a key's bias the gradient is rounding alone: a small eps makes steps of it.
+        ours = trainer(sizes, (".*",), optimizer=optimizer_of(offload=offload, eps=1e-3),
+                       offload=offload)
+        _, results[offload], _ = ours.run(items)
+        kinds = {path[-1]: leaf.sharding.memory_kind for path, leaf in
+                 jax.tree_util.tree_leaves_with_path(results[offload]["optimizer"])
+                 if leaf.size >= 4096 and leaf.ndim > 1}
+        assert set(kinds.values()) == {"pinned_host" if offload else "device"}
+    there, here = host(results[True]), host(results[False])
+    assert_close(there["trainable"], here["trainable"], atol=1e-6)
+    name = "layers.mlp.gate_up_proj.kernel"
+    adam, (state, *_) = here["optimizer"][1][0], there["optimizer"][1]
+    assert (state[name].count == 3).all() and np.abs(adam.nu[name]).max() > 0
+    for field in ("mu", "nu"):
+        wanted = getattr(adam, field)[name]
+        np.testing.assert_allclose(getattr(state[name], field), wanted, rtol=0,
+                                   atol=1e-5 * np.abs(wanted).max())
 
 
 def test_the_average_follows_the_parameters_and_is_what_is_judged(trainer):

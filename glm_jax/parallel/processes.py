@@ -1,0 +1,260 @@
+"""Several processes as one job: start-up, one of them that speaks, one end for all.
+
+A process that fails tells the others why, and all end with that line; one that dies is missed. A
+program that never joins others is the one process of its job.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from glm_jax.errors import Interrupted, UserError
+
+START_SECONDS = 300  # a process waits so long for all others to come, then ends
+HEARTBEAT_SECONDS = 60  # one that gives no sign of life for so long is dead; --heartbeat
+WATCH_SECONDS = 1  # between two looks for the dead; a message of a failure comes at once
+TELL_SECONDS = 10  # a process that fails waits so long until all others have read why
+SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
+END_SECONDS = 600  # one that is done waits so long for the others to be
+
+_client: Any = None  # of the coordination service, between joining and parting
+
+
+def _state() -> Any:
+    """JAX's own, for which it has no public name: the process's number, its client."""
+    from jax._src import distributed
+    return distributed.global_state
+
+
+def speaks() -> bool:
+    """Whether this process writes the logs, the files and the console of its job."""
+    return _state().process_id == 0
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
+           heartbeat: int = HEARTBEAT_SECONDS) -> Iterator[None]:
+    """Within: one of several processes, which all come to the end of the block or end together.
+
+    Before the first array. Without arguments Cloud TPU, Slurm or a JobSet of Kubernetes say who
+    is who (`jax.distributed.initialize`).
+
+    Args:
+      coordinator: the address `host:port` of process 0, where it listens.
+      processes: how many there are.
+      process: the number of this one.
+      heartbeat: seconds without a sign of life after which a process counts as dead.
+
+    Raises:
+      UserError: when it can't join.
+    """
+    _join(coordinator, processes, process, heartbeat)
+    try:
+        yield
+    except Interrupted:  # by all, at the same step
+        _part()
+        raise
+    except BaseException as error:
+        _tell(error, heartbeat)
+        raise
+    _part()
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None, heartbeat: int
+          ) -> None:
+    global _client
+    import jax
+
+    # Else JAX aborts every process as soon as one is dead, before anybody could say which.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM: see asked_to_stop
+    late = threading.Timer(START_SECONDS, _end, [  # ahead of JAX's own, which aborts
+        f"not all processes came within {START_SECONDS} s: each must be started, with the same "
+        "--coordinator and --processes and a --process of its own, and reach the coordinator"])
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=START_SECONDS + 60,
+            cluster_detection_method="deactivate" if coordinator else None,
+            heartbeat_timeout_seconds=heartbeat)
+    except Exception as error:
+        cause = str(error).splitlines()[0]
+        raise UserError(f"--coordinator={coordinator}: {cause}" if coordinator else
+                        "--cluster: neither Cloud TPU nor Slurm nor a JobSet of Kubernetes says "
+                        f"which process this is ({cause}); name --coordinator, --processes and "
+                        "--process") from error
+    finally:
+        late.cancel()
+    _client = _state().client
+    threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch").start()
+
+
+def _watch(client: Any, heartbeat: int) -> None:
+    """Ends this process when another one fails or dies, whatever its main thread waits for."""
+    everyone = range(_state().num_processes)
+    while _client is client:
+        try:
+            who, why, code = json.loads(
+                client.blocking_key_value_get("failed", 1000 * WATCH_SECONDS))
+            if who != _state().process_id:
+                _told(client)
+                _end(f"process {who} failed: {why}", code)
+            return
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                break
+        try:
+            dead = sorted(set(everyone) - set(client.get_live_nodes(everyone)))
+        except Exception:
+            break
+        if dead:
+            time.sleep(WATCH_SECONDS)  # at the end all leave: this one may be about to
+        if dead and _client is client:
+            _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; the same "
+                 "commands go on from the last checkpoint")
+    if _client is client:  # JAX aborts this process now, with a longer message
+        _end("process 0 died: it can't be reached; the same commands go on from the last "
+             "checkpoint")
+
+
+def _tell(error: BaseException, heartbeat: int) -> None:
+    """Says to the others why this process ends."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    if any(type(cause).__name__ == "JaxRuntimeError" and "out of memory" not in str(cause).lower()
+           for cause in causes):
+        # Most likely another one's death broke what all compute together: `_watch` will know.
+        time.sleep(heartbeat + 5 * WATCH_SECONDS)
+    why = str(error) or "stopped"
+    if not isinstance(error, UserError | KeyboardInterrupt):
+        why = f"{type(error).__name__}: {why}"
+    code = 2 if isinstance(error, UserError) else 1  # that of a door
+    with contextlib.suppress(Exception):  # another one has failed before
+        _client.key_value_set("failed", json.dumps([_state().process_id, why, code]))
+    _told(_client)
+
+
+def _told(client: Any) -> None:
+    """Returns when all processes know of the failure, but soon."""
+    with contextlib.suppress(Exception):
+        client.wait_at_barrier("told", 1000 * TELL_SECONDS)
+
+
+def _part() -> None:
+    """Leaves the others when all are here."""
+    global _client
+    import jax
+
+    client = _client
+    try:
+        client.wait_at_barrier("end", 1000 * END_SECONDS)
+    except Exception as error:
+        _end(f"not all processes came to the end within {END_SECONDS} s: {error}")
+    _client = None
+    while speaks() and len(client.get_live_nodes(range(jax.process_count()))) > 1:
+        time.sleep(0.02)  # it has the service, without which the others' clients abort
+    jax.distributed.shutdown()
+
+
+def _end(message: str, code: int = 1) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def check_same(fields: Mapping[str, Any]) -> None:
+    """Raises a UserError in a process where a field differs from process 0's."""
+    client, text = _state().client, json.dumps(fields, sort_keys=True)
+    if client is None:
+        return
+    if speaks():
+        client.key_value_set("fields", text)
+        return
+    there = json.loads(client.blocking_key_value_get("fields", 1000 * START_SECONDS))
+    here = json.loads(text)
+    if other := [name for name in here if there.get(name) != here[name]]:
+        shown = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} here"
+                          for name in other[:5])
+        raise UserError(f"another config or other data than process 0 has ({shown}): start all "
+                        "processes with the same command, on the same files")
+
+
+def see(path: Path) -> None:
+    """Returns when process 0 has come here, and others can read what it has written."""
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(str(path))
+    end = time.monotonic() + SEE_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError(f"{path}: written by process 0, but not to be seen here: "
+                            "processes must share the run folder, on a network file system")
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Around a whole program: one that ends without the others ends at once.
+
+    What Python does at its end would wait for what it computes with them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _client is None:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[int], int | None]]:
+    """Within: SIGTERM and Ctrl-C only leave a note; a second one ends the program at once.
+
+    The function that is given is to be called with the number of each step, by all processes. It
+    gives the signal, in all of them behind the same step, when any has had one.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    notes: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        notes.append(signum)
+        before.close()
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.ExitStack() as before:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            before.callback(signal.signal, signum, signal.getsignal(signum))
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, note)
+            signal.signal(signal.SIGINT, note)
+            yield lambda step: notes[0] if notes else None
+            return
+        state = _state()
+        jax.config.update("jax_enable_preemption_service", True)
+        state.initialize_preemption_sync_manager()  # notes SIGTERM, and agrees on a step
+
+        def close() -> None:
+            state.preemption_sync_manager.shutdown()
+            state.preemption_sync_manager = None
+        before.callback(close)
+        signal.signal(signal.SIGINT, forward)
+        yield lambda step: (signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step)
+                            else None)

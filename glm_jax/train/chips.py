@@ -1,0 +1,99 @@
+"""What one accelerator can do, by kind: the roofs that a plan and a run's MFU are measured against.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from glm_jax.errors import UserError
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One chip.
+
+    Attributes:
+      kinds: what JAX's `device_kind` calls it.
+      memory: bytes of HBM.
+      flops: a second, in bfloat16 with sums in float32, without sparsity.
+      memory_bandwidth: of HBM, bytes a second.
+      links: bytes a second that it sends to the chips of its slice (TPU) or host (GPU), over all of
+        its links together.
+      network: bytes a second that it sends to other slices or hosts.
+      host: how many GPUs a host has; 0 for TPUs, of which a slice is one network.
+    """
+
+    kinds: tuple[str, ...]
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    links: float
+    network: float
+    host: int = 0
+
+
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; of links (6 or 4, each so many bytes a
+# second in one direction) and network: jax-ml.github.io/scaling-book/tpus. GPUs: NVIDIA's data
+# sheets of A100 80GB, H100 SXM, H200 SXM and HGX B200; network: DGX, one adapter of 200 or 400 Gb/s
+# a GPU.
+CHIPS = {
+    "v4": Chip(("TPU v4",), 32 * _GIB, 275e12, 1.2e12, 6 * 45e9, 6.25e9),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 16 * _GIB, 197e12, 0.819e12, 4 * 45e9, 3.125e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 95 * _GIB, 459e12, 2.765e12, 6 * 90e9, 6.25e9),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 32 * _GIB, 918e12, 1.638e12, 4 * 90e9, 12.5e9),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
+                 80 * _GIB, 312e12, 2.039e12, 300e9, 25e9, 8),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 80 * _GIB, 989e12, 3.35e12, 450e9, 50e9, 8),
+    "h200": Chip(("NVIDIA H200",), 141e9, 989e12, 4.8e12, 450e9, 50e9, 8),
+    "b200": Chip(("NVIDIA B200",), 180e9, 2250e12, 7.7e12, 900e9, 50e9, 8),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None for one that is not in the table, such as a CPU."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
+class Topology(NamedTuple):
+    """Chips of one kind, as they are rented.
+
+    Attributes:
+      kind: a key of `CHIPS`.
+      shape: of a slice (TPU), or how many there are (GPU).
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        slices = f"{self.slices}x" if self.slices > 1 else ""
+        return f"{slices}{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+def topology(text: str) -> Topology:
+    """`v5e:4x4`, `v5p:2x2x4`, two slices `2xv5e:4x4`, or GPUs `h100:16`.
+
+    Raises:
+      UserError: for a kind that is not in the table, and a shape that it can't have.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]+\d+[a-z]*):([1-9]\d*(?:x[1-9]\d*)*)", text)
+    if not found or found[2] not in CHIPS:
+        raise UserError(f"--topology={text}: KIND:SHAPE is wanted, such as v5e:4x4, v5p:2x2x4, two "
+                        f"slices 2xv5e:4x4, or h100:8; kinds: {', '.join(CHIPS)}")
+    slices, kind, shape = int(found[1] or 1), found[2], tuple(map(int, found[3].split("x")))
+    sides = 1 if CHIPS[kind].host else 3 if kind in ("v4", "v5p") else 2
+    if len(shape) != sides or (slices > 1 and sides == 1):
+        raise UserError(f"--topology={text}: " + (
+            "GPUs are only counted, such as h100:16" if sides == 1 else
+            f"a slice of {kind} has {sides} sides, such as {kind}:" + "x".join("4" * sides)))
+    return Topology(kind, shape, slices)

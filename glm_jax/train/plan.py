@@ -1,0 +1,584 @@
+"""Whether a run fits on chips that nobody has rented yet, and how fast it can be there at best.
+
+For TPUs the real training step is compiled for the topology, from abstract weights, by `libtpu`:
+memory and collectives are the compiled program's own. For GPUs, which JAX compiles for only where
+there is one, both follow by arithmetic from the shapes and where they lie. The times are a roofline
+(Williams et al. 2009): the longest of what computing, moving and sending take at the chip's peak,
+as if they hid each other altogether; a real step is longer.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from glm_jax.convert.parameters import flat
+from glm_jax.errors import UserError
+from glm_jax.nn.loss import LOGITS
+from glm_jax.parallel.mesh import abstract_mesh, data_ways, make_mesh, partition, use_rules
+from glm_jax.train import setup
+from glm_jax.train.chips import Topology
+from glm_jax.train.flops import forward_flops, training_flops
+from glm_jax.train.hlo import Collective, collectives
+from glm_jax.train.optimizer import make_optimizer, make_schedule
+from glm_jax.train.step import by_path, init_state, make_step
+
+GIB = 2**30
+# What the layers' forward pass is computed again for the derivative, by `model.remat`: the share of
+# its products with kernels, and of its attention.
+AGAIN = {"none": (0, 0), "attention": (0, 1), "dots": (0, 1), "full": (1, 1), "offload": (1, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a training step takes of each chip.
+
+    Attributes:
+      topology, mesh, remat, rows, length: what is planned; of the mesh only sizes above 1.
+      capacity: bytes of HBM that a program may take.
+      memory: bytes by use. `activations` are what the forward pass keeps for the derivative;
+        `temporaries` the most that the program holds besides, gathered parameters and gradients
+        among them.
+      needs: bytes, in all. `host`: those of it that wait in the host's memory.
+      compiled: whether memory and collectives are the compiled program's; else by arithmetic.
+      compile_seconds: how long that took.
+      sent: by kind of collective, how many run in a step and the bytes that a chip sends in them.
+      flops: of `training_flops`, for a token, the tokens it sees included.
+      seconds: that a step takes at each of the chip's peaks: compute, memory, links.
+      mfu: in the best case.
+      steps: of the run; 0 where the config does not say.
+      warnings: of the compiler, about how arrays had to be moved.
+      advice: the nearest change that fits, where this does not.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    remat: str
+    rows: int
+    length: int
+    capacity: float
+    memory: dict[str, float]
+    needs: float
+    host: float
+    compiled: bool
+    compile_seconds: float
+    sent: dict[str, tuple[int, float]]
+    flops: float
+    seconds: dict[str, float]
+    mfu: float
+    steps: int
+    warnings: tuple[str, ...] = ()
+    advice: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.needs <= self.capacity
+
+    @property
+    def step_seconds(self) -> float:
+        """The best possible."""
+        return max(self.seconds.values())
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {
+            "fits": self.fits, "step_seconds": self.step_seconds, "hours": self.hours,
+            "chip_hours": self.hours * self.chips}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A training step without arrays, ready to be traced and compiled."""
+
+    mesh: Any  # or an abstract one
+    parts: setup.Parts
+    state: dict[str, Any]
+    batch: Any
+    step: Any
+
+
+def mesh_for(config: Any, topology: Topology) -> Mesh | AbstractMesh:
+    """The mesh of the config on all chips of a topology; abstract for GPUs.
+
+    Raises:
+      UserError: where the config's sizes leave chips over, or need more; where `libtpu` is missing.
+    """
+    sizes = setup.mesh_sizes(config)
+    if topology.chip.host:
+        mesh: Any = abstract_mesh(sizes, topology.chips)
+    else:
+        mesh = make_mesh(sizes, _tpus(topology))
+    if mesh.size != topology.chips:
+        asked = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        raise UserError(f"mesh: {asked or 'one device'} takes {mesh.size} of the {topology.chips} "
+                        f"chips of {topology}; make one of its sizes -1")
+    return mesh
+
+
+def _tpus(topology: Topology) -> Any:
+    """The devices of TPUs that are not there."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("a plan for TPUs needs their compiler: pip install libtpu, in the version "
+                        "that requirements-dev.txt names (Linux on x86-64 has it)")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
+    special: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    if topology.slices > 1:
+        special["num_slices"] = topology.slices
+    with _stderr():
+        try:
+            return topologies.get_topology_desc(name, "tpu", **special).devices
+        except Exception as error:  # of several kinds, by what is wrong
+            raise UserError(f"--topology={topology}: the compiler knows no such slice: "
+                            f"{str(error).splitlines()[0]}") from None
+
+
+def pieces(config: Any, mesh: Any) -> Pieces:
+    """What a run of `config` compiles on this mesh; within `use_rules`."""
+    setup.check_rows(config, mesh)
+    task: Any = setup.make_task(config, None)
+    parts = setup.make_parts(config, task.head, task.labels, mesh, None, abstract=True)
+    schedule = make_schedule(config.optimizer, config.steps or setup.MOST["steps"])
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema)
+    step = make_step(parts.graphdef, parts.trainable, task.loss, optimizer, state,
+                     seed=config.seed, accumulate=config.batch.accumulate, ema=config.optimizer.ema)
+    return Pieces(mesh, parts, state, setup.abstract_batch(task, mesh), step)
+
+
+def make_plan(config: Any, topology: Topology, compiled: bool = True) -> Plan:
+    """Plans one training step; without `compiled` by arithmetic for TPUs, too.
+
+    Raises:
+      UserError: for a config that can't run on the topology, whatever the memory.
+    """
+    setup.check_numbers(config)
+    if compiled or topology.chip.host:
+        mesh: Any = mesh_for(config, topology)
+    else:
+        mesh = abstract_mesh(setup.mesh_sizes(config), topology.chips)
+    compiled = compiled and not topology.chip.host
+    with use_rules(config.mesh.rules), setup.matmul_precision(config):
+        with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
+            made = pieces(config, mesh)
+            traced = made.step.trace(made.state, made.parts.frozen, made.batch)
+            program = _compile(traced) if compiled else None
+        return _plan(config, topology, made, traced, program)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A compiled step, or why it could not be.
+
+    Attributes:
+      memory: bytes of the program besides its arguments.
+      too_much: the compiler's words: what it needed, and what there is.
+    """
+
+    seconds: float
+    warnings: tuple[str, ...]
+    text: str = ""
+    memory: float = 0
+    host: float = 0
+    arguments: float = 0
+    too_much: tuple[float, float] | None = None
+
+
+def _compile(traced: Any) -> _Program:
+    begun, compiled, error = time.monotonic(), None, ""
+    with _stderr() as said:
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as refused:
+            error = str(refused)
+            if "hbm" not in error.lower():
+                raise
+    seconds = time.monotonic() - begun
+    warnings = tuple(line for line in said if "rematerialization" in line)
+    if compiled is None:
+        sizes = re.search(r"([\d.]+)([KMGT]) (?:of|exceeds available HBM \()"
+                          r" ?([\d.]+)([KMGT])", error)
+        if sizes is None:
+            raise UserError(f"the compiler finds too little memory: {error.splitlines()[0]}")
+        used, available = (float(sizes[n]) * _UNIT[sizes[n + 1]] for n in (1, 3))
+        return _Program(seconds, warnings, too_much=(used, available))
+    memory = compiled.memory_analysis()
+    beside = (memory.output_size_in_bytes - memory.alias_size_in_bytes
+              + memory.generated_code_size_in_bytes)
+    return _Program(seconds, warnings, compiled.as_text(), memory.temp_size_in_bytes + beside,
+                    memory.host_temp_size_in_bytes, memory.argument_size_in_bytes)
+
+
+_UNIT = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+    """Within nothing is written to standard error; after it the list holds the lines, those of the
+    compiler's own code too."""
+    said: list[str] = []
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said += file.read().decode(errors="replace").splitlines()
+
+
+def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _Program | None
+          ) -> Plan:
+    chip, count, model = topology.chip, topology.chips, made.parts.model(
+        by_path(made.parts.trainable))
+    held = {"frozen": _held(made.parts.frozen), "trained": _held(made.state["trainable"]),
+            "optimizer": _held({k: v for k, v in made.state.items() if k != "trainable"}),
+            "batch": _held(made.batch)}
+    tokens = config.batch.rows * config.batch.length
+    kept = _kept(traced.jaxpr.jaxpr, made, model, tokens // config.batch.accumulate)
+    offloaded = kept if config.model.remat == "offload" else 0.0
+    uses = _uses(config, made, model)
+    sent = _by_kind(_traffic(config, made, model, uses))
+    if program is None:
+        host, capacity = offloaded, chip.memory
+        temporaries = _temporaries(config, made, model, uses)
+    elif program.too_much:
+        host, capacity = offloaded, program.too_much[1]
+        temporaries = max(program.too_much[0] - sum(held.values()) - kept + offloaded, 0)
+    else:
+        host, capacity = program.host, chip.memory
+        temporaries = (program.memory + program.arguments - sum(held.values())
+                       - max(kept - offloaded, 0))
+        sent = _by_kind(collectives(program.text, count))
+    memory = held | {"activations": kept - offloaded, "temporaries": temporaries}
+    pairs = tokens * (config.batch.length + 1) / 2
+    flops = training_flops(model, by_path(made.parts.trainable))
+    total = flops.of(tokens, pairs)
+    forward, again = forward_flops(model), AGAIN[config.model.remat]
+    computed = total + again[0] * forward.token * tokens + again[1] * forward.pair * pairs
+    links = chip.links if topology.slices == 1 and not 0 < chip.host < count else chip.network
+    seconds = {"compute": computed / count / chip.flops,
+               "memory": (_moved(memory, uses, again[0], config.batch.accumulate)
+                          / chip.memory_bandwidth),
+               "links": sum(size for _, size in sent.values()) / links}
+    return Plan(
+        str(topology), count, {k: v for k, v in made.mesh.shape.items() if v > 1},
+        config.model.remat, config.batch.rows, config.batch.length, capacity, memory,
+        sum(memory.values()), host, program is not None, program.seconds if program else 0.0, sent,
+        total / tokens, seconds, total / count / chip.flops / max(seconds.values()), config.steps,
+        program.warnings if program else ())
+
+
+def _held(tree: Any) -> float:
+    """Bytes of a tree of abstract arrays on each device."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                     for x in jax.tree.leaves(tree)))
+
+
+def _kept(jaxpr: Any, made: Pieces, model: Any, tokens: int) -> float:
+    """Bytes on each device of what loops of the forward pass stack up for the derivative.
+
+    All of it is split as tokens are, features other than the hidden state's on `tensor` too; but
+    kernels, where these are kept, lie as layers compute with them.
+    """
+    mesh, size = made.mesh, 0.0
+    kernels = {p.get_value().shape[1:] for p in flat(model).values()}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and not equation.params["reverse"]:
+            for out in equation.outvars[equation.params["num_carry"]:]:
+                shape, ways = out.aval.shape[1:], 1
+                if shape not in kernels and out.aval.size >= tokens:
+                    ways = data_ways(mesh) * mesh.shape["sequence"]
+                if shape and shape[-1] not in (1, getattr(model.config, "hidden_size", 1)):
+                    ways *= mesh.shape["tensor"]
+                size += out.aval.size * out.aval.dtype.itemsize / ways
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                size += _kept(getattr(inner, "jaxpr", inner), made, model, tokens)
+    return size
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+class _Use(NamedTuple):
+    """A parameter as layers compute with it, on each device.
+
+    Attributes:
+      size: bytes, all layers together; layers: how many these are.
+      ways: of how many devices the parts are gathered for it; `sums`: over how many devices that
+        have other tokens its gradient is summed besides.
+      times: how often it is gathered in a step.
+    """
+
+    size: float
+    layers: int
+    ways: int
+    sums: int
+    times: int
+    trained: bool
+
+
+def _uses(config: Any, made: Pieces, model: Any) -> list[_Use]:
+    mesh, trained, out = made.mesh, made.state["trainable"], []
+
+    def ways(spec: PartitionSpec) -> int:
+        return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(spec)))
+
+    for path, parameter in flat(model).items():
+        value, axes = parameter.get_value(), parameter.get_metadata("axes")
+        stored, whole = value.sharding.spec, partition(axes, value.shape, mesh.shape, gathered=True)
+        tokens = data_ways(mesh) * mesh.shape["sequence"]
+        if ".experts." in path:  # a device has its own experts whole, and no others
+            whole = PartitionSpec(whole[0], stored[1], *whole[2:])
+            tokens //= ways(PartitionSpec(stored[1]))
+        stacked = len(axes) < value.ndim
+        bits = 4 if path.endswith("gate.kernel") else np.dtype(model.dtype).itemsize
+        parts = ways(stored) // ways(whole)
+        out.append(_Use(value.size / ways(whole) * bits, value.shape[0] if stacked else 1, parts,
+                        max(tokens // parts, 1), (2 if stacked else 1) * config.batch.accumulate,
+                        path in trained))
+    return out
+
+
+def _traffic(config: Any, made: Pieces, model: Any, uses: Sequence[_Use]) -> list[Collective]:
+    """The collectives that the layout asks for: what a step should send, by arithmetic.
+
+    Parameters are gathered where a layer computes, forward and for the derivative, and their
+    gradients summed and scattered; over axes that parameters are not split over sums are whole.
+    On `tensor` the outputs of attention and of the MLP are summed, and their inputs' gradients; on
+    `expert` tokens are gathered and sums scattered; on `sequence` keys and values go round.
+    """
+    mesh, batch, out = made.mesh, config.batch, []
+    for use in uses:
+        if use.ways > 1:
+            sent = use.size * (use.ways - 1) / use.ways
+            out.append(Collective("all-gather", (), sent / use.layers,
+                                  use.times * use.layers, "parameters"))
+            if use.trained:
+                out.append(Collective("reduce-scatter", (), sent / use.layers,
+                                      use.layers * batch.accumulate, "gradients"))
+        if use.trained and use.sums > 1:
+            out.append(Collective(
+                "all-reduce", (), 2 * use.size / use.ways * (use.sums - 1) / use.sums / use.layers,
+                use.layers * batch.accumulate, "gradients"))
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    again = bool(AGAIN[config.model.remat][0])
+    tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"]
+    size = tokens * getattr(model.config, "hidden_size", 0) * np.dtype(model.dtype).itemsize
+
+    def activations(kind: str, axis: str, sent: float, times: int) -> None:
+        n = mesh.shape[axis]
+        if n > 1:
+            out.append(Collective(kind, (), sent * (n - 1) / n, times, axis))
+    activations("all-reduce", "tensor", 2 * size, layers * (4 + again))
+    dense = getattr(model.config, "dense", None)
+    if dense is not None:
+        activations("all-gather", "expert", size * mesh.shape["expert"],
+                    (layers - dense) * (2 + again))
+        activations("reduce-scatter", "expert", size * mesh.shape["expert"], (layers - dense) * 2)
+    if heads := getattr(model.config, "num_attention_heads", 0):
+        pair = 2 * size * model.config.num_key_value_heads / heads
+        activations("collective-permute", "sequence", pair * mesh.shape["sequence"],
+                    layers * (4 + again))
+    return out
+
+
+def _by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
+    kinds = sorted({one.kind for one in found})
+    return {kind: (sum(one.times for one in found if one.kind == kind),
+                   sum(one.times * one.sent for one in found if one.kind == kind))
+            for kind in kinds}
+
+
+def _temporaries(config: Any, made: Pieces, model: Any, uses: Sequence[_Use]) -> float:
+    """Bytes by estimate: two layers' gathered parameters, one layer's gradients and activations,
+    the gradients of all that trains in float32, a chunk of logits."""
+    mesh, batch = made.mesh, config.batch
+    tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"] / batch.accumulate
+    gathered = sum(2 * use.size / use.layers for use in uses if use.ways > 1)
+    gradients = _held(made.state["trainable"]) + sum(
+        use.size / use.layers for use in uses if use.trained)
+    read = model.config
+    wide = (4 * read.hidden_size + 3 * getattr(read, "intermediate_size", 4 * read.hidden_size)
+            / mesh.shape["tensor"])
+    if getattr(read, "dense", None) is not None:
+        wide += (mesh.shape["expert"] * read.num_experts_per_tok
+                 * (2 * read.hidden_size + 3 * read.moe_intermediate_size))
+    logits = min(LOGITS, tokens * getattr(read, "vocab_size", 0))
+    return gathered + gradients + tokens * wide * np.dtype(model.dtype).itemsize + 2 * 4 * logits
+
+
+def _moved(held: Mapping[str, float], uses: Sequence[_Use], again: int, accumulate: int) -> float:
+    """Bytes that each device's HBM reads and writes at least.
+
+    A layer's parameters are read for the forward pass, for the derivative, and where it is computed
+    again, and written where they are gathered; what is kept is written and read; and the optimizer
+    reads and writes what it holds, and the gradients.
+    """
+    layers = sum(use.size * (2 + again + use.times * (use.ways > 1)) for use in uses)
+    return (layers * accumulate + 2 * held["activations"]
+            + 4 * held["trained"] + 2 * held["optimizer"])
+
+
+def advised(config: Any, topology: Topology, plan: Plan) -> Plan:
+    """`plan`, and where it does not fit the nearest change that does, found by trying."""
+    if plan.fits:
+        return plan
+    for change in _nearer(config, topology):
+        other = make_plan(_changed(config, change), topology)
+        if other.fits:
+            return dataclasses.replace(plan, advice=" ".join(
+                f"--config.{name}={value}" for name, value in change.items())
+                + f" ({other.needs / GIB:.1f} GiB)")
+    return dataclasses.replace(plan, advice="no mesh, model.remat or batch.rows tried here fits; "
+                               "take more chips, or chips with more memory")
+
+
+def _nearer(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:
+    """Changes of a config that take less memory, those that change least first."""
+    steps: dict[str, Any] = {}
+    if config.model.remat not in ("full", "offload"):
+        yield (steps := {"model.remat": "full"})
+    sizes = make_sizes(config, topology)
+    if sizes["data"] > 1:  # parameters in as many parts as there are
+        yield (steps := steps | {"mesh.data": 1, "mesh.fsdp": sizes["data"] * sizes["fsdp"]})
+    ways = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    rows = config.batch.rows
+    for accumulate in (2, 4, 8, 16):  # the same batch in parts
+        if rows % (ways * config.batch.accumulate * accumulate) == 0:
+            yield (steps := steps | {"batch.accumulate": config.batch.accumulate * accumulate})
+    if rows > ways:
+        yield (steps := steps | {"batch.accumulate": 1, "batch.rows": ways})
+    for tensor in (2, 4, 8):  # fewer rows than chips
+        if sizes["fsdp"] * sizes["data"] % tensor == 0:
+            yield steps | {"mesh.data": 1, "batch.accumulate": 1,
+                           "mesh.fsdp": sizes["fsdp"] * sizes["data"] // tensor,
+                           "mesh.tensor": sizes["tensor"] * tensor, "batch.rows": ways // tensor}
+
+
+def make_sizes(config: Any, topology: Topology) -> dict[str, int]:
+    """The size of each axis of the config's mesh, on all chips."""
+    return dict(abstract_mesh(setup.mesh_sizes(config), topology.chips).shape)
+
+
+def _changed(config: Any, change: Mapping[str, Any]) -> Any:
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(change))
+    return config
+
+
+def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
+    """Plans of other meshes and remat policies, best first; those that don't fit last.
+
+    All are judged by arithmetic; of TPUs the `tries` best are compiled.
+    """
+    found = []
+    for change in _others(config, topology):
+        other = _changed(config, change)
+        with contextlib.suppress(UserError):  # a batch that the mesh doesn't divide, and the like
+            if _least(other, topology) <= topology.chip.memory:
+                found.append((make_plan(other, topology, compiled=False), change))
+    if not found:
+        raise UserError(f"--search: no mesh on {topology} divides batch.rows={config.batch.rows} "
+                        "and holds the parameters")
+    found.sort(key=_rank)
+    if topology.chip.host:
+        return [plan for plan, _ in found]
+    plans = [make_plan(_changed(config, change), topology) for _, change in found[:tries]]
+    return sorted(plans, key=lambda plan: _rank((plan, {})))
+
+
+def _least(config: Any, topology: Topology) -> float:
+    """Bytes that parameters and optimizer take of a chip."""
+    with use_rules(config.mesh.rules):
+        made = pieces(config, abstract_mesh(setup.mesh_sizes(config), topology.chips))
+        return _held(made.state) + _held(made.parts.frozen)
+
+
+def _rank(one: tuple[Plan, Any]) -> tuple[bool, float, float]:
+    return not one[0].fits, one[0].step_seconds, one[0].needs
+
+
+def _others(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:
+    count, raw = topology.chips, setup.raw_config(config)[1]
+    experts = raw.get("n_routed_experts", 1)
+    for expert in _parts(math.gcd(count, experts)):
+        for tensor in _parts(min(8, count // expert)):
+            for fsdp in _parts(count // expert // tensor):
+                for remat in ("dots", "full"):
+                    yield {"mesh.expert": expert, "mesh.tensor": tensor, "mesh.fsdp": fsdp,
+                           "mesh.sequence": 1, "mesh.data": count // expert // tensor // fsdp,
+                           "model.remat": remat}
+
+
+def _parts(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def text(plan: Plan) -> str:
+    """The plan for people."""
+    def gib(size: float) -> str:
+        return f"{size / GIB:8.2f} GiB"
+
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one chip"
+    how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "by arithmetic"
+    lines = [f"{plan.topology}, {plan.chips} chips: {mesh}; {plan.rows} rows of {plan.length} "
+             f"tokens; remat {plan.remat}; {how}", "", "Memory of a chip"]
+    names = {"frozen": "parameters, frozen", "trained": "parameters, trained",
+             "activations": "activations kept"}
+    lines += [f"  {names.get(name, name):22}{gib(size)}" for name, size in plan.memory.items()]
+    verdict = "fits" if plan.fits else "does not fit"
+    lines += [f"  {'in all':22}{gib(plan.needs)} of {plan.capacity / GIB:.2f}: {verdict}"]
+    if plan.host:
+        lines += [f"  {'on the host':22}{gib(plan.host)}"]
+    if plan.advice:
+        lines += [f"  the nearest change that fits: {plan.advice}"]
+    lines += ["", "Sent by a chip in a step"]
+    lines += [f"  {kind:22}{size / 1e9:8.2f} GB in {times}" for kind, (times, size) in
+              plan.sent.items() if size >= 5e6]
+    seconds = plan.seconds
+    lines += ["", "At best", f"  {'operations a token':22}{plan.flops / 1e9:8.2f} G",
+              f"  {'compute':22}{seconds['compute']:8.3f} s a step",
+              f"  {'memory':22}{seconds['memory']:8.3f} s",
+              f"  {'interconnect':22}{seconds['links']:8.3f} s",
+              f"  {'a step':22}{plan.step_seconds:8.3f} s, "
+              f"{plan.rows * plan.length / plan.step_seconds:,.0f} tokens a second, "
+              f"MFU {plan.mfu:.0%}"]
+    if plan.steps:
+        lines += [f"  {f'{plan.steps} steps':22}{plan.hours:8.2f} h, "
+                  f"{plan.hours * plan.chips:,.1f} chip-hours"]
+    return "\n".join(lines + [f"the compiler warns: {line}" for line in plan.warnings])
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Several plans, a line each."""
+    lines = [f"{'mesh':34}{'remat':8}{'GiB a chip':>11}{'s a step':>10}{'MFU':>6}"]
+    for plan in plans:
+        mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one chip"
+        lines += [f"{mesh:34}{plan.remat:8}{plan.needs / GIB:11.2f}{plan.step_seconds:10.3f}"
+                  f"{plan.mfu:6.0%}{'' if plan.fits else '  does not fit'}"]
+    return "\n".join(lines + ["", f"{plans[0].topology}; " + (
+        "compiled" if plans[0].compiled else "by arithmetic")])

@@ -1,0 +1,119 @@
+"""A job on a Cloud TPU pod, from the request for its chips to their end.
+
+    python launch/tpu/pod.py --name=glm --zone=us-east5-b --type=v6e-16 --spot create
+    python launch/tpu/pod.py --name=glm --zone=us-east5-b --share=10.0.0.2:/runs install
+    python launch/tpu/pod.py --name=glm --zone=us-east5-b start -- \\
+        --config=configs/chat.py --workdir=/share/chat
+    python launch/tpu/pod.py --name=glm --zone=us-east5-b logs      # stop, delete
+
+`create` waits for the chips; `install` brings this checkout (HEAD) to all workers, and mounts the
+share; `start` leaves the job running on all of them. `stop` tells one worker, and all stop behind
+the same step. `resume` after a preemption, with the flags of all three, asks for the chips anew,
+installs and starts; the job goes on from its last checkpoint.
+
+https://cloud.google.com/tpu/docs/queued-resources, /tpu/docs/jax-pods, /tpu/docs/runtimes,
+/sdk/gcloud/reference/compute/tpus/queued-resources/create, /filestore/docs/mounting-fileshares
+"""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from absl import flags
+
+from glm_jax.errors import UserError
+from launch import door, shell
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = flags.DEFINE_string("name", None, "of the queued resource and of its TPU", required=True)
+ZONE = flags.DEFINE_string("zone", None, "of Google Cloud, such as us-east5-b", required=True)
+PROJECT = flags.DEFINE_string("project", "", "of Google Cloud; gcloud's own by default")
+TYPE = flags.DEFINE_string("type", "", "of the chips: v6e-16, v5p-32, v5litepod-16, v4-32")
+SPOT = flags.DEFINE_bool("spot", False, "cheaper chips that may be taken away at any time")
+SHARE = flags.DEFINE_string("share", "", "server:/path of an NFS share, mounted as /share")
+
+RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite",
+            "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+ARCHIVE = "build/glm-jax.tar.gz"
+POLL_SECONDS = 30  # between two looks whether the chips are there
+INSTALL = ("tar -xzf glm-jax.tar.gz && curl -LsSf https://astral.sh/uv/install.sh | sh && "
+           "cd glm-jax && ~/.local/bin/uv venv --allow-existing --python=3.11 && "
+           "~/.local/bin/uv pip install -r requirements.lock -r requirements-tpu.txt")
+MOUNT = ("sudo apt-get install -y nfs-common && sudo mkdir -p /share && "
+         "(mountpoint -q /share || sudo mount -t nfs {} /share)")
+
+
+def gcloud(*words: str) -> tuple[str, ...]:
+    place = [f"--zone={ZONE.value}"] + [f"--project={PROJECT.value}"] * bool(PROJECT.value)
+    return ("gcloud", "compute", "tpus", *words, *place)
+
+
+def on(worker: str, command: str) -> tuple[str, ...]:
+    return gcloud("tpu-vm", "ssh", NAME.value, f"--worker={worker}", f"--command={command}")
+
+
+def state() -> str:
+    return shell.ask(*gcloud("queued-resources", "describe", NAME.value,
+                             "--format=value(state.state)"))
+
+
+def create() -> None:
+    kind = TYPE.value.partition("-")[0]
+    if kind not in RUNTIMES:
+        raise UserError(f"--type={TYPE.value}: it begins with {', '.join(RUNTIMES)}, as in v6e-16")
+    shell.run(*gcloud("queued-resources", "create", NAME.value, f"--node-id={NAME.value}",
+                      f"--accelerator-type={TYPE.value}", f"--runtime-version={RUNTIMES[kind]}",
+                      *["--spot"] * SPOT.value))
+    while (now := state()) != "ACTIVE" and not shell.DRY_RUN.value:
+        if now in ("FAILED", "SUSPENDED"):
+            raise UserError(f"{NAME.value}: {now}; `delete` it, and ask again or elsewhere")
+        time.sleep(POLL_SECONDS)
+
+
+def install() -> None:
+    if not shell.DRY_RUN.value:
+        (ROOT / ARCHIVE).parent.mkdir(exist_ok=True)
+    shell.run("git", "-C", str(ROOT), "archive", "--prefix=glm-jax/", f"--output={ARCHIVE}", "HEAD")
+    shell.run(*gcloud("tpu-vm", "scp", str(ROOT / ARCHIVE), f"{NAME.value}:", "--worker=all"))
+    shell.run(*on("all", INSTALL))
+    if SHARE.value:
+        shell.run(*on("all", MOUNT.format(shlex.quote(SHARE.value))))
+
+
+def start(job: list[str]) -> None:
+    train = shlex.join([".venv/bin/python", "launch/train.py", "--cluster", *job])
+    shell.run(*on("all", f"cd glm-jax && {{ setsid nohup {train} > ~/job.log 2>&1 < /dev/null & "
+                         "echo $! > ~/job.pid; }"))
+
+
+def delete() -> None:
+    shell.run(*gcloud("queued-resources", "delete", NAME.value, "--force", "--quiet"))
+
+
+def main() -> None:
+    step, job = shell.step_and_job("create install start logs stop resume delete")
+    if step == "create":
+        create()
+    elif step == "install":
+        install()
+    elif step == "start":
+        start(job)
+    elif step == "logs":
+        shell.run(*on("0", "tail -n +1 -F job.log"))
+    elif step == "stop":
+        shell.run(*on("0", 'kill -TERM "$(cat job.pid)"'))
+    elif step == "resume":
+        if state() != "ACTIVE":
+            delete()
+            create()
+            install()
+        start(job)
+    else:
+        delete()
+
+
+if __name__ == "__main__":
+    door.run(main, arguments=True)

@@ -1,0 +1,227 @@
+"""Several processes as one job: what all do together, how all end, and how it goes on."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.folders import content, rows
+
+SMOKE = "--config=configs/sentiment.py:smoke"
+HEARTBEAT = 3
+TWO = ("--config.mesh.cpu_devices=2", "--config.mesh.fsdp=2", f"--heartbeat={HEARTBEAT}")
+
+# A program without a model: `joined` of the processes that its arguments name, and a few lines.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from absl import flags
+from glm_jax.errors import Interrupted, UserError
+from glm_jax.parallel import processes
+from launch import door
+
+def main():
+    import jax
+    from jax.experimental import multihost_utils
+    together = multihost_utils.sync_global_devices
+    {before}
+    with door.joined():
+        first, folder = processes.speaks(), Path(sys.argv[0]).parent
+{lines}
+
+door.flags_of_processes()
+door.run(main)
+"""
+
+
+@pytest.fixture
+def program(pod, tmp_path):
+    """`program(2, "together('x')", …)`: how that many processes end that run these lines."""
+    def run(processes, *lines, before=""):
+        path = tmp_path / "program.py"
+        path.write_text(PROGRAM.format(before=before,
+                                       lines="\n".join("        " + line for line in lines)))
+        return pod(processes, path.with_suffix(""), f"--heartbeat={HEARTBEAT}")
+    return run
+
+
+def told(result):
+    """The lines of standard error."""
+    return result.err.splitlines()
+
+
+def when(folder, step, act):
+    """Acts on the processes as soon as that step is logged."""
+    def wait(pids):
+        end = time.monotonic() + 200
+        path = folder / "metrics.jsonl"
+        while time.monotonic() < end and not (
+                path.exists() and path.read_text().count('"train/loss"') >= step):
+            time.sleep(0.01)
+        act(pids)
+    return wait
+
+
+def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, base, reviews,
+                                                                  tmp_path):
+    """With the same bytes in two processes, and the same losses in one on another mesh."""
+    command = ["train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
+               "--config.steps=8", "--config.eval.every=4", "--config.checkpoint.every=2"]
+    whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
+    one, other = pod(2, *command, *TWO, f"--workdir={whole}")
+    assert (one.code, other.code) == (0, 0), (one.err, other.err)
+    assert "accuracy" in one.out and told(one) == told(other) == []
+    assert all("[Gloo]" in line for line in other.out.splitlines()), other.out
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "result.json",
+        "report.html"}
+
+    scores = tmp_path / "scores.json"
+    both = pod(2, "evaluate", f"--model={whole}", f"--json={scores}")
+    assert [result.code for result in both] == [0, 0], both
+    test = json.loads((whole / "result.json").read_text())["test"]
+    assert json.loads(scores.read_text())["accuracy"] == test["accuracy"]
+
+    ended = []
+
+    def kill(pids):
+        os.kill(pids[1], signal.SIGKILL)
+        ended.append(time.monotonic())
+    one, other = pod(2, *command, *TWO, f"--workdir={killed}", meanwhile=when(killed, 3, kill))
+    assert time.monotonic() - ended[0] < 2 * HEARTBEAT + 5
+    assert (one.code, other.code) == (1, -signal.SIGKILL), one.err
+    assert told(one) == [f"error: process 1 died: nothing was heard of it for {HEARTBEAT} s; the "
+                         "same commands go on from the last checkpoint"]
+    shutil.copytree(killed, moved)
+    assert [r.code for r in pod(2, *command, *TWO, f"--workdir={killed}")] == [0, 0]
+    assert content(killed / "adapter") == content(whole / "adapter")
+    assert rows(killed) == rows(whole)
+
+    assert len(rows(moved)) < len(rows(whole))
+    result = door(*command, "--config.mesh.cpu_devices=2", "--config.mesh.tensor=2",
+                  f"--workdir={moved}")
+    assert result.code == 0 and "going on from step" in result.out, result.err
+    for here, there in zip(rows(moved), rows(whole), strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews, tmp_path):
+    bad, other = tmp_path / "bad.csv", tmp_path / "other.csv"
+    bad.write_text(reviews.read_text() + "没有标签,\n", encoding="utf-8")
+    other.write_text(reviews.read_text() + "另一条评论很好,好\n", encoding="utf-8")
+    command = ["train", SMOKE, f"--config.model.path={base}", *TWO,
+               f"--workdir={tmp_path / 'run'}"]
+    for file, message in ((bad, "bad.csv:242: the label"), (other, "data sha256")):
+        first, second = pod(2, *command, own=[[f"--config.task.train={reviews}"],
+                                              [f"--config.task.train={file}"]])
+        assert (first.code, second.code) == (2, 2), (first.err, second.err)
+        (line,) = told(second)
+        assert line.startswith("error: ") and message in line
+        assert told(first) == [line.replace("error: ", "error: process 1 failed: ")]
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_process_has_the_rows_of_its_devices(program):
+    both = program(2, "from glm_jax.parallel.mesh import make_mesh, own_rows",
+                   "for sizes in ({'data': 4}, {'data': 2, 'fsdp': 2}, {'tensor': 4}):",
+                   "    print(sorted(own_rows(8, make_mesh(sizes))))",
+                   before="door.start_devices(2)")
+    assert [result.out.splitlines() for result in both] == [
+        [str([0, 1, 2, 3])] * 2 + [str(list(range(8)))],
+        [str([4, 5, 6, 7])] * 2 + [str(list(range(8)))]]
+
+
+def test_a_mistake_in_one_process_ends_those_that_wait_for_it(program):
+    one, other = program(2, "if not first: raise ZeroDivisionError('of ours')", "together('x')")
+    assert (one.code, other.code) == (1, 1)
+    assert told(one) == ["error: process 1 failed: ZeroDivisionError: of ours"]
+    assert told(other)[0].startswith("Traceback") and told(other)[-1].endswith("of ours")
+
+
+def test_the_first_process_dies(program):
+    start = time.monotonic()
+    one, other = program(2, "together('x')", "if first: os.kill(os.getpid(), signal.SIGKILL)",
+                         "together('y')")
+    assert one.code == -signal.SIGKILL and other.code != 0
+    assert "process 0 died" in other.err or "another task died" in other.err
+    assert time.monotonic() - start < 60
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step_and_outside_the_loop_all_at_once(program,
+                                                                                    tmp_path):
+    both = program(
+        2, "with processes.asked_to_stop() as asked:",
+        "    for step in range(2000):",
+        "        if step == 3 and not first: os.kill(os.getpid(), signal.SIGTERM)",
+        "        time.sleep(0.005 + 0.005 * first)",
+        "        if stop := asked(step):",
+        "            (folder / str(int(first))).write_text(str(step))",
+        "            raise Interrupted(stop, step, True)")
+    assert [result.code for result in both] == [128 + signal.SIGTERM] * 2, both
+    step = (tmp_path / "0").read_text()
+    assert (tmp_path / "1").read_text() == step and int(step) < 1999
+    assert told(both[0]) == [f"stopped by SIGTERM after step {step}, which is saved; the same "
+                             "command goes on from there"]
+    assert told(both[1]) == []
+
+    one, other = program(2, "if not first: os.kill(os.getpid(), signal.SIGTERM)", "together('x')")
+    assert (one.code, other.code) == (1, 128 + signal.SIGTERM)
+    assert told(one) == ["error: process 1 failed: stopped by SIGTERM"]
+    assert told(other) == ["stopped by SIGTERM"]
+
+
+def test_a_process_that_never_comes(doors, tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text("from glm_jax.parallel import processes\nprocesses.START_SECONDS = 2\n"
+                    + PROGRAM.format(before="", lines="        pass"))
+    (alone,) = doors((path.with_suffix(""), "--coordinator=127.0.0.1:1", "--processes=2",
+                      "--process=1"))
+    assert alone.code == 1 and told(alone)[-1].startswith(
+        "error: not all processes came within 2 s: each must be started"), alone.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--processes=2", "--process=0"), "--coordinator is wanted beside"),
+    (("--coordinator=host:1", "--processes=2"), "--process is wanted beside"),
+    (("--coordinator=host:1", "--processes=2", "--process=2"), "has the number 1"),
+    (("--coordinator=host", "--processes=2", "--process=1"), "host:port is wanted"),
+    (("--cluster", "--processes=2"), "--cluster: the cluster says"),
+    (("--cluster",), "--cluster: neither Cloud TPU nor Slurm nor a JobSet of Kubernetes says"),
+    (("--coordinator=host:99999", "--processes=2", "--process=1"), "host:port is wanted"),
+])
+def test_flags_that_name_no_job(refused, arguments, message):
+    assert message in refused("train", SMOKE, *arguments)
+
+
+@pytest.mark.slow
+def test_four_processes_are_stopped_and_go_on_as_two_and_as_one(pod, door, base, reviews,
+                                                                tmp_path):
+    """SIGTERM to the third; each time on another mesh, with the losses of one device."""
+    command = ["train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
+               "--config.eval.every=1"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert door(*command, f"--workdir={whole}").code == 0
+
+    def stopped(processes, *mesh):
+        done = len(rows(moved)) // 2 if moved.exists() else 0
+        results = pod(processes, *command, *mesh, f"--workdir={moved}", meanwhile=when(
+            moved, done + 1, lambda pids: os.kill(pids[-2], signal.SIGTERM)))
+        assert [result.code for result in results] == [128 + signal.SIGTERM] * processes, results
+        assert len(told(results[0])) == 1 and "which is saved" in told(results[0])[0]
+        assert all(told(result) == [] for result in results[1:])
+    stopped(4, "--config.mesh.cpu_devices=2", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    stopped(2, "--config.mesh.cpu_devices=2", "--config.mesh.sequence=2", "--config.mesh.fsdp=2")
+    result = door(*command, "--config.mesh.cpu_devices=2", f"--workdir={moved}")
+    assert result.code == 0, result.err
+    for here, there in zip(rows(moved), rows(whole), strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+    scores = [tmp_path / f"{n}.json" for n in (4, 1)]
+    all_four = pod(4, "evaluate", f"--model={moved}", f"--json={scores[0]}")
+    assert [result.code for result in all_four] == [0] * 4
+    assert door("evaluate", f"--model={moved}", f"--json={scores[1]}").code == 0
+    one, four = (json.loads(path.read_text()) for path in reversed(scores))
+    assert one["confusion"] == four["confusion"]
+    assert four["accuracy"] == pytest.approx(one["accuracy"], rel=1e-6)

@@ -1,0 +1,27 @@
+"""Chips by name, and the topologies that they are rented as."""
+
+import pytest
+
+from glm_jax.errors import UserError
+from glm_jax.train.chips import CHIPS, chip_of, topology
+
+
+@pytest.mark.parametrize(("text", "chips", "slices"), [
+    ("v5e:4x4", 16, 1), ("v5p:2x2x4", 16, 1), ("2xv6e:4x4", 32, 2), ("h100:12", 12, 1)])
+def test_topologies(text, chips, slices):
+    found = topology(text)
+    assert (found.chips, found.slices, str(found)) == (chips, slices, text)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("v5e", "KIND:SHAPE is wanted"), ("v7:2x2", "kinds: v4, v5e"), ("v5e:0x4", "KIND:SHAPE"),
+    ("v5e:4x4x4", "a slice of v5e has 2 sides"), ("v5p:4x4", "a slice of v5p has 3 sides"),
+    ("h100:4x2", "GPUs are only counted"), ("2xh100:8", "GPUs are only counted")])
+def test_topologies_that_are_none(text, message):
+    with pytest.raises(UserError, match=message):
+        topology(text)
+
+
+def test_chips_by_what_jax_calls_them():
+    assert chip_of("TPU v5 lite") is CHIPS["v5e"] and chip_of("TPU v5") is CHIPS["v5p"]
+    assert chip_of("cpu") is None

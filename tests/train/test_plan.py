@@ -1,0 +1,179 @@
+"""Plans for chips that are not there: what fits, what is sent, and how fast it can be."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from configs.pod import get_config
+from glm_jax.errors import UserError
+from glm_jax.nn.compute import Compute
+from glm_jax.parallel.mesh import abstract_mesh, make_mesh
+from glm_jax.train import plan as plans
+from glm_jax.train import setup
+from glm_jax.train.chips import CHIPS, topology
+from glm_jax.train.plan import make_plan, search, table, text
+from glm_jax.train.step import by_path
+
+GIB = 2**30
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "head_dim": 32, "vocab_size": 512}
+
+
+def small(name="glm-4-9b-full", **fields):
+    config = get_config(name)
+    config.model.config.update(SMALL)
+    config.update_from_flattened_dict({"batch.rows": 8, "batch.length": 128} | fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The plan of the small model on four chips, and the text of its compiled step."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = plans._compile
+        patch.setattr(plans, "_compile", lambda traced: kept.append(own(traced)) or kept[-1])
+        return make_plan(small(), topology("v5e:2x2")), kept[0].text
+
+
+@pytest.fixture(scope="module")
+def compiled(program):
+    return program[0]
+
+
+def test_a_compiled_step(compiled):
+    """What the program holds and sends is what the shapes say."""
+    assert compiled.compiled and compiled.fits and compiled.mesh == {"fsdp": 4}
+    assert not compiled.warnings
+    layer = 64 * (4 * 32 + 2 * 2 * 32) + 4 * 32 * 64 + 64 * 256 + 128 * 64
+    matrices = 3 * layer + 2 * 512 * 64
+    trained = compiled.memory["trained"]
+    assert 4 * matrices / 4 < trained < 4 * matrices / 4 * 1.1  # and norms and biases, whole
+    assert compiled.memory["optimizer"] == pytest.approx(2 * trained, abs=64)
+    assert compiled.memory["activations"] == 3 * (8 * 128 * 64 * 2) / 4 + 8 * 128 * 64 * 2 / 4
+    gathered = 2 * 3 * layer * 2 * 3 / 4  # forward and for the derivative, in bfloat16
+    assert compiled.sent["all-gather"][1] > gathered
+
+
+def test_the_state_is_donated(program):
+    config = small()
+    mesh = abstract_mesh({"fsdp": 4}, 4)
+    state = plans.pieces(config, mesh).state
+    header = program[1].partition("\n")[0]
+    assert header.count("-alias)") == len(jax.tree.leaves(state))
+
+
+def test_the_arithmetic_is_the_compiled_steps(compiled):
+    by_hand = make_plan(small(), topology("v5e:2x2"), compiled=False)
+    assert not by_hand.compiled
+    for name in ("frozen", "trained", "optimizer", "batch", "activations"):
+        assert by_hand.memory[name] == compiled.memory[name]
+    assert by_hand.flops == compiled.flops
+    assert by_hand.seconds["compute"] == compiled.seconds["compute"]
+
+
+def test_times_are_at_the_chips_peaks(compiled):
+    chip, tokens = CHIPS["v5e"], 8 * 128
+    assert compiled.step_seconds == max(compiled.seconds.values())
+    assert compiled.mfu == pytest.approx(
+        compiled.flops * tokens / 4 / chip.flops / compiled.step_seconds)
+    assert compiled.seconds["links"] == pytest.approx(
+        sum(size for _, size in compiled.sent.values()) / chip.links)
+    assert compiled.hours * 3600 == pytest.approx(1000 * compiled.step_seconds)
+    assert compiled.to_dict()["chip_hours"] == pytest.approx(4 * compiled.hours)
+    # The layers' forward pass is computed a second time.
+    kept = make_plan(small(**{"model.remat": "dots"}), topology("v5e:2x2"), compiled=False)
+    assert 1.2 < compiled.seconds["compute"] / kept.seconds["compute"] < 4 / 3
+
+
+def test_gpus_by_arithmetic():
+    """GLM-4-9B in parts on 8 of 80 GiB: 16 bytes a parameter do not fit on one."""
+    config = get_config("glm-4-9b-full")
+    eight = make_plan(config, topology("h100:8"))
+    assert not eight.compiled and eight.memory["trained"] == pytest.approx(9.4e9 * 4 / 8, rel=0.01)
+    sixteen = make_plan(config, topology("h100:16"))
+    assert sixteen.memory["trained"] == pytest.approx(eight.memory["trained"] / 2, rel=0.01)
+    assert sixteen.seconds["links"] > 5 * eight.seconds["links"]  # a host's network is slower
+
+
+def test_an_abstract_mesh_traces_a_kernel_that_keeps_what_cudnns_does():
+    config = small(**{"model.remat": "none", "model.attention": "auto"})
+    mesh = abstract_mesh({"fsdp": 4}, 4)
+    parts = setup.make_parts(config, "lm", (), mesh, None, abstract=True)
+    assert parts.model(by_path(parts.trainable)).compute == \
+        Compute("splash", "none")
+
+
+def test_search_ranks_what_fits_by_time():
+    found = search(small(), topology("h100:2"), 1)
+    assert {(*plan.mesh, plan.remat) for plan in found} == {
+        (axis, remat) for axis in ("data", "fsdp", "tensor") for remat in ("dots", "full")}
+    assert [plan.step_seconds for plan in found] == sorted(plan.step_seconds for plan in found)
+    assert table(found).count("\n") == len(found) + 2
+    with pytest.raises(UserError, match=r"no mesh on h100:2 divides batch\.rows=1 and holds"):
+        search(small(**{"batch.rows": 1, "batch.accumulate": 2}), topology("h100:2"), 1)
+
+
+def test_what_does_not_fit_gets_advice(monkeypatch):
+    config = small(**{"mesh.fsdp": 1, "mesh.data": -1, "model.remat": "none"})
+    where = topology("h100:8")
+    plan = make_plan(config, where)
+    assert plans.advised(config, where, plan) is plan
+    full = make_plan(small(**{"mesh.fsdp": 8}), where)
+    monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(memory=full.needs * 1.01))
+    plan = make_plan(config, where)
+    assert not plan.fits and "does not fit" in text(plan)
+    told = plans.advised(config, where, plan)
+    assert "--config.model.remat=full --config.mesh.data=1 --config.mesh.fsdp=8" in told.advice
+    assert told.advice in text(told)
+    monkeypatch.setattr(plans, "_nearer", lambda config, where: iter(()))
+    assert "take more chips" in plans.advised(config, where, plan).advice
+
+
+@pytest.mark.parametrize(("said", "sizes"), [
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+     "Used 17.98G of 15.75G hbm. Exceeded hbm capacity by 2.23G.", (17.98, 15.75)),
+    ("RESOURCE_EXHAUSTED: Allocation of 17.98G exceeds available HBM (15.75G)", (17.98, 15.75))])
+def test_the_compilers_own_figures_when_it_does_not_fit(said, sizes):
+    class Refuses:
+        def lower(self):
+            raise jax.errors.JaxRuntimeError(said)
+    program = plans._compile(Refuses())
+    assert program.too_much == tuple(size * GIB for size in sizes)
+
+
+@pytest.mark.parametrize(("fields", "where", "message"), [
+    ({"batch.rows": 6}, "h100:4", "batch.rows=6 must be a multiple"),
+    ({"mesh.fsdp": 2}, "h100:4", "mesh: fsdp=2 takes 2 of the 4 chips of h100:4"),
+    ({"mesh.fsdp": 16}, "h100:4", "mesh: fsdp=16 takes 16 of the 4 chips of h100:4"),
+    ({"steps": -1}, "h100:4", "steps=-1"),
+    ({"model.remat": "some"}, "h100:4", "choose one of none, attention"),
+    ({}, "v5e:3x5", "the compiler knows no such slice"),
+])
+def test_bad_plans(fields, where, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(small(**fields), topology(where))
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(plans.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install libtpu"):
+        make_plan(small(), topology("v5e:2x2"))
+
+
+def test_the_text(compiled):
+    shown = text(dataclasses.replace(compiled, warnings=("Involuntary full rematerialization",)))
+    assert "v5e:2x2, 4 chips: fsdp=4; 8 rows of 128 tokens; remat full; compiled in" in shown
+    assert "of 16.00: fits" in shown and "the compiler warns: Involuntary" in shown
+
+
+def test_an_adapter_lies_on_an_abstract_mesh_as_on_a_real_one():
+    config = small("glm-4-32b-lora")
+
+    def specs(mesh):
+        parts = setup.make_parts(config, "lm", (), mesh, None, abstract=True)
+        return {path: x.sharding.spec for path, x in by_path(parts.trainable).items()}
+    found = specs(abstract_mesh({"fsdp": 4}, 4))
+    assert found == specs(make_mesh({"fsdp": 4}))
+    assert "fsdp" in found["layers.self_attn.q_proj.adapter.lora_a"]

@@ -1,0 +1,115 @@
+"""Where everything lies on a few meshes, as text that a change shows in as a diff: shardings.txt.
+
+`python -m tests.train.test_shardings` writes it anew.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from glm_jax.adapters import lora, partition
+from glm_jax.convert.hf import init_model
+from glm_jax.infer.cache import empty_cache
+from glm_jax.models import architecture_of, as_batch
+from glm_jax.parallel import mesh as rules
+from glm_jax.train.step import by_path, init_state, make_step
+
+FILE = Path(__file__).with_name("shardings.txt")
+MESHES = ({"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "sequence": 2},
+          {"fsdp": 2, "expert": 4})
+WHOLE = {"vocab_size": 72, "hidden_size": 32, "num_attention_heads": 8}
+FAMILIES = {  # BERT's 67 tokens do not divide
+    "glm": {"model_type": "glm", "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8,
+            "intermediate_size": 48},
+    "chatglm6b": {"model_type": "chatglm", "position_encoding_2d": True, "num_layers": 2,
+                  "inner_hidden_size": 48, "mask_token_id": 60, "gmask_token_id": 61,
+                  "bos_token_id": 62},
+    "glm4_moe": {"model_type": "glm4_moe", "num_hidden_layers": 2, "num_key_value_heads": 2,
+                 "head_dim": 8, "intermediate_size": 48, "first_k_dense_replace": 1,
+                 "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "bert": {"model_type": "bert", "num_hidden_layers": 2, "intermediate_size": 48,
+             "vocab_size": 67, "max_position_embeddings": 40},
+}
+
+
+def loss(model, batch, key):
+    return jnp.sum(model.logits(model(batch, key=key)[0]))
+
+
+def line(what, shape, spec):
+    return f"  {what} {list(shape)}: {', '.join(str(part) for part in spec) or '-'}"
+
+
+def arrays(title, tree):
+    """A line for each array."""
+    def spec(x):
+        return tuple(x.sharding.spec) + (None,) * (x.ndim - len(x.sharding.spec))
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [line(f"{title} {jax.tree_util.keystr(path, simple=True, separator='.')}", x.shape,
+                 spec(x)) for path, x in paths]
+
+
+def dump(family, method, sizes):
+    """The lines of one model, what trains of it, and one mesh. Nothing is computed."""
+    raw, mesh = WHOLE | FAMILIES[family], rules.make_mesh(sizes)
+    architecture = architecture_of(raw)
+    model = init_model(architecture, architecture.config.from_dict(raw),
+                       "mlm" if family == "bert" else "lm", mesh=mesh, abstract=True)
+    if method == "lora":
+        lora.attach(model, lora.LoRAConfig(r=4))
+    graphdef, trainable, frozen = partition(model, ("adapter",) if method == "lora" else (".*",))
+    optimizer = optax.adamw(1e-3)
+    state = init_state(by_path(trainable), optimizer, mesh)
+    out = [f"{family} {method} on {', '.join(f'{n}={size}' for n, size in sizes.items())}"]
+    trained = arrays("trained", state["trainable"])
+    moments = arrays("optimizer", state["optimizer"])
+    same = {each.replace("trained ", f"optimizer 0.{moment}.", 1)
+            for each in trained for moment in ("mu", "nu")}
+    out += [*trained, f"  optimizer: {len(same & set(moments))} moments as what they belong to"]
+    out += [each for each in moments if each not in same] + arrays("frozen", by_path(frozen))
+    seen, plain = [], rules.partition
+
+    def recorded(axes, shape, sizes, gathered=False, spread=False):
+        spec = plain(axes, shape, sizes, gathered, spread)
+        kind = "computed with" if gathered else "spread" if spread else "activation"
+        seen.append(line(f"{kind} {'/'.join(axis or '.' for axis in axes)}", shape, spec))
+        return spec
+    tokens = np.tile(np.arange(1, 17), (8, 1))
+    batch = dataclasses.replace(as_batch(model.config, tokens),
+                                weights=np.ones((8, 16), np.float32))
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "partition", recorded)
+        step = make_step(graphdef, trainable, loss, optimizer, state, seed=0)
+        step.trace(state, frozen, jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), batch))
+        out += dict.fromkeys(seen)
+        del seen[:]
+        if family != "bert":
+            jax.eval_shape(lambda: empty_cache(model.config, 8, 32, jnp.bfloat16))
+        out += [each.replace("activation", "cache", 1) for each in dict.fromkeys(seen)]
+    return "\n".join(out) + "\n"
+
+
+def everything():
+    return "\n".join(dump(family, method, sizes) for family in FAMILIES
+                     for method in ("full", "lora") for sizes in MESHES)
+
+
+def test_everything_lies_where_it_did():
+    assert everything() == FILE.read_text(), (
+        "a sharding changed: write it anew with `python -m tests.train.test_shardings` and read "
+        "`git diff tests/train/shardings.txt`")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    FILE.write_text(everything())
