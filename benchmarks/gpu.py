@@ -117,7 +117,8 @@ class Ours:
         from glm_jax.models import architecture_of
         from glm_jax.nn.loss import cross_entropy
         from glm_jax.parallel.mesh import make_mesh, put
-        from glm_jax.train.flops import PEAK, training_flops
+        from glm_jax.train.chips import chip_of
+        from glm_jax.train.flops import training_flops
         from glm_jax.train.optimizer import make_optimizer
         from glm_jax.train.setup import make_parts
         from glm_jax.train.step import by_path, init_state, make_step
@@ -149,7 +150,8 @@ class Ours:
         model = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
         self.flops, self.kernel = training_flops(model, by_path(trainable)), model.compute.kernel
         del trainable
-        self.peak = PEAK.get(jax.devices()[0].device_kind)
+        chip = chip_of(jax.devices()[0].device_kind)
+        self.peak = chip and chip.flops
 
         def loss(model: Any, batch: Any, key: Any) -> Any:
             return cross_entropy(model(batch, key=key)[0], model.vocabulary_kernel(),
