@@ -1,6 +1,6 @@
 """Fine-tuning on one GPU, beside Transformers + PEFT: tokens a second, peak memory, MFU.
 
-    python benchmarks/gpu.py                      an 80 GB card, about 8 minutes
+    python benchmarks/gpu.py                      wants a card of 80 GB
     python benchmarks/gpu.py --size=toy           a CPU does; the figures mean nothing
 
 A `glm4` of 1.9 B by LoRA and in full, one of 9.4 B (GLM-4-9B-0414's shape) by LoRA; random weights,

@@ -55,7 +55,6 @@ class Shape(NamedTuple):
       lay: gives tokens `[1, length]` of an example their positions and order; causal when None.
       pool: which token of an example stands for it, `last` or `first`.
       features: of the examples' vectors; 0: they have none.
-      causal: whether every example is causal.
       own: the rows that this process fills, of several; None: all.
     """
 
@@ -65,8 +64,13 @@ class Shape(NamedTuple):
     lay: Callable[[np.ndarray], Batch] | None = None
     pool: str = "last"
     features: int = 0
-    causal: bool = False
     own: frozenset[int] | None = None
+
+    @property
+    def causal(self) -> int:
+        """As of the batches: where the model lays the examples, not these themselves."""
+        laid = None if self.lay is None else self.lay(np.zeros((1, 1), np.int32))
+        return self.examples if laid is not None and laid.causal else 0
 
     def place(self, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, positions and order of a piece, cut to a row."""
@@ -83,11 +87,7 @@ class Shape(NamedTuple):
 def shape_for(config: Any, rows: int, length: int, examples: int) -> Shape:
     """The shape of batches for the model of `config`."""
     row = architecture_of(config.to_dict())
-    def lay(tokens: np.ndarray) -> Batch:
-        return row.batch(config, tokens, None)
-
-    causal = lay(np.zeros((1, 1), np.int32)).causal > 0
-    return Shape(rows, length, examples, lay, row.pool, causal=causal)
+    return Shape(rows, length, examples, lambda tokens: row.batch(config, tokens, None), row.pool)
 
 
 def best_fit(lengths: np.ndarray, order: np.ndarray, shape: Shape) -> list[list[int]]:
@@ -168,8 +168,7 @@ def assemble(rows: Sequence[Sequence[Piece]], shape: Shape, pad_id: int) -> Batc
         learned |= {"pool_index": pool_index, "label_weights": label_weights, "vectors": vectors}
     elif not per_token:
         learned = {"pool_index": pool_index, "labels": labels, "label_weights": label_weights}
-    return Batch(tokens, positions, segments, order, causal=shape.examples * shape.causal,
-                 **learned)
+    return Batch(tokens, positions, segments, order, causal=shape.causal, **learned)
 
 
 class Batches:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from glm_jax.nn.batch import Array, Batch, visible
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.kernels import cudnn, cudnn_packed, over_mesh, packs, splash, split_over
+from glm_jax.nn.kernels import cudnn, cudnn_packed, over_mesh, packs, splash
 from glm_jax.nn.ring import ring
+from glm_jax.parallel.mesh import split_over
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from glm_jax.errors import UserError
 from glm_jax.nn.batch import Array, reach
-from glm_jax.parallel.mesh import partition
+from glm_jax.parallel.mesh import partition, ways
 
 OF_PLATFORM = {"cpu": "reference", "gpu": "cudnn", "tpu": "splash"}
 LANES = 128  # of a TPU: what its kernel's blocks are multiples of
@@ -53,14 +53,6 @@ def choose(asked: str, platform: str, dtype: Any, head_dim: int, length: int) ->
     return "reference" if why else kernel
 
 
-def split_over(name: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that a logical axis of activations, of this size, is split over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return ()
-    return tuple(jax.tree.leaves(partition((name,), (size,), mesh.shape)[0]))
-
-
 def over_mesh(kernel: Callable[..., jax.Array], query: jax.Array, key: jax.Array,
               value: jax.Array, *sides: Array, length: str | None = None) -> jax.Array:
     """`kernel(query, key, value, *sides)` on each device's rows and heads.
@@ -75,8 +67,8 @@ def over_mesh(kernel: Callable[..., jax.Array], query: jax.Array, key: jax.Array
     if mesh.empty or mesh.size == 1:
         return kernel(query, key, value, *sides)
     spec = partition(("batch", length, "heads", None), query.shape, mesh.shape)
-    ways = math.prod(mesh.shape[axis] for axis in split_over("heads", query.shape[2]))
-    repeat = ways // math.gcd(ways, key.shape[2])
+    shares = ways("heads", query.shape[2])
+    repeat = shares // math.gcd(shares, key.shape[2])
     if repeat > 1:
         key, value = (jnp.repeat(x, repeat, axis=2) for x in (key, value))
     rows = PartitionSpec(*spec[:2])

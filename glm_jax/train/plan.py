@@ -17,28 +17,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
-from glm_jax.convert.parameters import flat
 from glm_jax.errors import UserError
-from glm_jax.nn.loss import LOGITS
-from glm_jax.parallel.mesh import abstract_mesh, data_ways, make_mesh, partition, use_rules
-from glm_jax.train import setup
+from glm_jax.parallel.mesh import abstract_mesh, make_mesh, use_rules
+from glm_jax.train import estimate, setup
 from glm_jax.train.chips import Topology
-from glm_jax.train.flops import forward_flops, training_flops
+from glm_jax.train.estimate import Pieces
+from glm_jax.train.flops import training_flops
 from glm_jax.train.hlo import Collective, collectives
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.step import by_path, init_state, make_step
 
 GIB = 2**30
-# What the layers' forward pass is computed again for the derivative, by `model.remat`: the share of
-# its products with kernels, and of its attention.
-AGAIN = {"none": (0, 0), "attention": (0, 1), "dots": (0, 1), "full": (1, 1), "offload": (1, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +98,6 @@ class Plan:
             "chip_hours": self.hours * self.chips}
 
 
-@dataclasses.dataclass(frozen=True)
-class Pieces:
-    """A training step without arrays, ready to be traced and compiled."""
-
-    mesh: Any  # or an abstract one
-    parts: setup.Parts
-    state: dict[str, Any]
-    batch: Any
-    step: Any
-
-
 def mesh_for(config: Any, topology: Topology) -> Mesh | AbstractMesh:
     """The mesh of the config on all chips of a topology; abstract for GPUs.
 
@@ -157,7 +141,8 @@ def pieces(config: Any, mesh: Any) -> Pieces:
     parts = setup.make_parts(config, task.head, task.labels, mesh, None, abstract=True)
     schedule = make_schedule(config.optimizer, config.steps or setup.MOST["steps"])
     optimizer = make_optimizer(config.optimizer, schedule)
-    state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema)
+    state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema,
+                       config.optimizer.offload)
     step = make_step(parts.graphdef, parts.trainable, task.loss, optimizer, state,
                      seed=config.seed, accumulate=config.batch.accumulate, ema=config.optimizer.ema)
     return Pieces(mesh, parts, state, setup.abstract_batch(task, mesh), step)
@@ -223,7 +208,8 @@ def _compile(traced: Any) -> _Program:
     beside = (memory.output_size_in_bytes - memory.alias_size_in_bytes
               + memory.generated_code_size_in_bytes)
     return _Program(seconds, warnings, compiled.as_text(), memory.temp_size_in_bytes + beside,
-                    memory.host_temp_size_in_bytes, memory.argument_size_in_bytes)
+                    memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+                    memory.argument_size_in_bytes)
 
 
 _UNIT = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
@@ -252,20 +238,22 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
           ) -> Plan:
     chip, count, model = topology.chip, topology.chips, made.parts.model(
         by_path(made.parts.trainable))
-    held = {"frozen": _held(made.parts.frozen), "trained": _held(made.state["trainable"]),
-            "optimizer": _held({k: v for k, v in made.state.items() if k != "trainable"}),
-            "batch": _held(made.batch)}
+    held = {"frozen": estimate.held(made.parts.frozen),
+            "trained": estimate.held(made.state["trainable"]),
+            "optimizer": estimate.held({k: v for k, v in made.state.items() if k != "trainable"}),
+            "batch": estimate.held(made.batch)}
     tokens = config.batch.rows * config.batch.length
-    kept = _kept(traced.jaxpr.jaxpr, made, model, tokens // config.batch.accumulate)
+    kept = estimate.kept(traced.jaxpr.jaxpr, made, model, tokens // config.batch.accumulate)
     offloaded = kept if config.model.remat == "offload" else 0.0
-    uses = _uses(config, made, model)
-    sent = _by_kind(_traffic(config, made, model, uses))
+    host = offloaded + estimate.held(made.state, on_host=True)
+    uses = estimate.uses(config, made, model)
+    sent = _by_kind(estimate.traffic(config, made, model, uses))
     if program is None:
-        host, capacity = offloaded, chip.memory
-        temporaries = _temporaries(config, made, model, uses)
+        capacity = chip.memory
+        temporaries = estimate.temporaries(config, made, model, uses)
     elif program.too_much:
-        host, capacity = offloaded, program.too_much[1]
-        temporaries = max(program.too_much[0] - sum(held.values()) - kept + offloaded, 0)
+        used, capacity = program.too_much
+        temporaries = max(used - sum(held.values()) - kept + offloaded, 0)
     else:
         host, capacity = program.host, chip.memory
         temporaries = (program.memory + program.arguments - sum(held.values())
@@ -275,11 +263,11 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
     pairs = tokens * (config.batch.length + 1) / 2
     flops = training_flops(model, by_path(made.parts.trainable))
     total = flops.of(tokens, pairs)
-    forward, again = forward_flops(model), AGAIN[config.model.remat]
-    computed = total + again[0] * forward.token * tokens + again[1] * forward.pair * pairs
+    again = estimate.computes_again(config)
+    computed = total + again * estimate.layers_flops(model).of(tokens, pairs)
     links = chip.links if topology.slices == 1 and not 0 < chip.host < count else chip.network
     seconds = {"compute": computed / count / chip.flops,
-               "memory": (_moved(memory, uses, again[0], config.batch.accumulate)
+               "memory": (estimate.moved(memory, uses, again, config.batch.accumulate)
                           / chip.memory_bandwidth),
                "links": sum(size for _, size in sent.values()) / links}
     return Plan(
@@ -290,157 +278,11 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
         program.warnings if program else ())
 
 
-def _held(tree: Any) -> float:
-    """Bytes of a tree of abstract arrays on each device."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                     for x in jax.tree.leaves(tree)))
-
-
-def _kept(jaxpr: Any, made: Pieces, model: Any, tokens: int) -> float:
-    """Bytes on each device of what loops of the forward pass stack up for the derivative.
-
-    All of it is split as tokens are, features other than the hidden state's on `tensor` too; but
-    kernels, where these are kept, lie as layers compute with them.
-    """
-    mesh, size = made.mesh, 0.0
-    kernels = {p.get_value().shape[1:] for p in flat(model).values()}
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan" and not equation.params["reverse"]:
-            for out in equation.outvars[equation.params["num_carry"]:]:
-                shape, ways = out.aval.shape[1:], 1
-                if shape not in kernels and out.aval.size >= tokens:
-                    ways = data_ways(mesh) * mesh.shape["sequence"]
-                if shape and shape[-1] not in (1, getattr(model.config, "hidden_size", 1)):
-                    ways *= mesh.shape["tensor"]
-                size += out.aval.size * out.aval.dtype.itemsize / ways
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                size += _kept(getattr(inner, "jaxpr", inner), made, model, tokens)
-    return size
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
-
-
-class _Use(NamedTuple):
-    """A parameter as layers compute with it, on each device.
-
-    Attributes:
-      size: bytes, all layers together; layers: how many these are.
-      ways: of how many devices the parts are gathered for it; `sums`: over how many devices that
-        have other tokens its gradient is summed besides.
-      times: how often it is gathered in a step.
-    """
-
-    size: float
-    layers: int
-    ways: int
-    sums: int
-    times: int
-    trained: bool
-
-
-def _uses(config: Any, made: Pieces, model: Any) -> list[_Use]:
-    mesh, trained, out = made.mesh, made.state["trainable"], []
-
-    def ways(spec: PartitionSpec) -> int:
-        return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(spec)))
-
-    for path, parameter in flat(model).items():
-        value, axes = parameter.get_value(), parameter.get_metadata("axes")
-        stored, whole = value.sharding.spec, partition(axes, value.shape, mesh.shape, gathered=True)
-        tokens = data_ways(mesh) * mesh.shape["sequence"]
-        if ".experts." in path:  # a device has its own experts whole, and no others
-            whole = PartitionSpec(whole[0], stored[1], *whole[2:])
-            tokens //= ways(PartitionSpec(stored[1]))
-        stacked = len(axes) < value.ndim
-        bits = 4 if path.endswith("gate.kernel") else np.dtype(model.dtype).itemsize
-        parts = ways(stored) // ways(whole)
-        out.append(_Use(value.size / ways(whole) * bits, value.shape[0] if stacked else 1, parts,
-                        max(tokens // parts, 1), (2 if stacked else 1) * config.batch.accumulate,
-                        path in trained))
-    return out
-
-
-def _traffic(config: Any, made: Pieces, model: Any, uses: Sequence[_Use]) -> list[Collective]:
-    """The collectives that the layout asks for: what a step should send, by arithmetic.
-
-    Parameters are gathered where a layer computes, forward and for the derivative, and their
-    gradients summed and scattered; over axes that parameters are not split over sums are whole.
-    On `tensor` the outputs of attention and of the MLP are summed, and their inputs' gradients; on
-    `expert` tokens are gathered and sums scattered; on `sequence` keys and values go round.
-    """
-    mesh, batch, out = made.mesh, config.batch, []
-    for use in uses:
-        if use.ways > 1:
-            sent = use.size * (use.ways - 1) / use.ways
-            out.append(Collective("all-gather", (), sent / use.layers,
-                                  use.times * use.layers, "parameters"))
-            if use.trained:
-                out.append(Collective("reduce-scatter", (), sent / use.layers,
-                                      use.layers * batch.accumulate, "gradients"))
-        if use.trained and use.sums > 1:
-            out.append(Collective(
-                "all-reduce", (), 2 * use.size / use.ways * (use.sums - 1) / use.sums / use.layers,
-                use.layers * batch.accumulate, "gradients"))
-    layers = getattr(model.config, "num_hidden_layers", 0)
-    again = bool(AGAIN[config.model.remat][0])
-    tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"]
-    size = tokens * getattr(model.config, "hidden_size", 0) * np.dtype(model.dtype).itemsize
-
-    def activations(kind: str, axis: str, sent: float, times: int) -> None:
-        n = mesh.shape[axis]
-        if n > 1:
-            out.append(Collective(kind, (), sent * (n - 1) / n, times, axis))
-    activations("all-reduce", "tensor", 2 * size, layers * (4 + again))
-    dense = getattr(model.config, "dense", None)
-    if dense is not None:
-        activations("all-gather", "expert", size * mesh.shape["expert"],
-                    (layers - dense) * (2 + again))
-        activations("reduce-scatter", "expert", size * mesh.shape["expert"], (layers - dense) * 2)
-    if heads := getattr(model.config, "num_attention_heads", 0):
-        pair = 2 * size * model.config.num_key_value_heads / heads
-        activations("collective-permute", "sequence", pair * mesh.shape["sequence"],
-                    layers * (4 + again))
-    return out
-
-
 def _by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, float]]:
     kinds = sorted({one.kind for one in found})
     return {kind: (sum(one.times for one in found if one.kind == kind),
                    sum(one.times * one.sent for one in found if one.kind == kind))
             for kind in kinds}
-
-
-def _temporaries(config: Any, made: Pieces, model: Any, uses: Sequence[_Use]) -> float:
-    """Bytes by estimate: two layers' gathered parameters, one layer's gradients and activations,
-    the gradients of all that trains in float32, a chunk of logits."""
-    mesh, batch = made.mesh, config.batch
-    tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"] / batch.accumulate
-    gathered = sum(2 * use.size / use.layers for use in uses if use.ways > 1)
-    gradients = _held(made.state["trainable"]) + sum(
-        use.size / use.layers for use in uses if use.trained)
-    read = model.config
-    wide = (4 * read.hidden_size + 3 * getattr(read, "intermediate_size", 4 * read.hidden_size)
-            / mesh.shape["tensor"])
-    if getattr(read, "dense", None) is not None:
-        wide += (mesh.shape["expert"] * read.num_experts_per_tok
-                 * (2 * read.hidden_size + 3 * read.moe_intermediate_size))
-    logits = min(LOGITS, tokens * getattr(read, "vocab_size", 0))
-    return gathered + gradients + tokens * wide * np.dtype(model.dtype).itemsize + 2 * 4 * logits
-
-
-def _moved(held: Mapping[str, float], uses: Sequence[_Use], again: int, accumulate: int) -> float:
-    """Bytes that each device's HBM reads and writes at least.
-
-    A layer's parameters are read for the forward pass, for the derivative, and where it is computed
-    again, and written where they are gathered; what is kept is written and read; and the optimizer
-    reads and writes what it holds, and the gradients.
-    """
-    layers = sum(use.size * (2 + again + use.times * (use.ways > 1)) for use in uses)
-    return (layers * accumulate + 2 * held["activations"]
-            + 4 * held["trained"] + 2 * held["optimizer"])
 
 
 def advised(config: Any, topology: Topology, plan: Plan) -> Plan:
@@ -515,7 +357,7 @@ def _least(config: Any, topology: Topology) -> float:
     """Bytes that parameters and optimizer take of a chip."""
     with use_rules(config.mesh.rules):
         made = pieces(config, abstract_mesh(setup.mesh_sizes(config), topology.chips))
-        return _held(made.state) + _held(made.parts.frozen)
+        return estimate.held(made.state) + estimate.held(made.parts.frozen)
 
 
 def _rank(one: tuple[Plan, Any]) -> tuple[bool, float, float]:

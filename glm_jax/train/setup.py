@@ -129,7 +129,7 @@ def tokenizer_of(config: Any) -> Tokenizer:
 
 def check_numbers(config: Any) -> None:
     """Raises a UserError for a number that makes no sense."""
-    fields = flatten_dict(config.to_dict(), sep=".")
+    fields = {"task.label_smoothing": 0} | flatten_dict(config.to_dict(), sep=".")
     for name, least in LEAST.items():
         if not least <= fields[name] < math.inf:
             raise UserError(f"{name}={fields[name]}: it must be at least {least}")

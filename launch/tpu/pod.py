@@ -39,6 +39,7 @@ RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite",
             "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 ARCHIVE = "build/glm-jax.tar.gz"
 POLL_SECONDS = 30  # between two looks whether the chips are there
+MISSES = 10  # looks in a row that gcloud may fail at
 INSTALL = ("tar -xzf glm-jax.tar.gz && curl -LsSf https://astral.sh/uv/install.sh | sh && "
            "cd glm-jax && ~/.local/bin/uv venv --allow-existing --python=3.11 && "
            "~/.local/bin/uv pip install -r requirements.lock -r requirements-tpu.txt")
@@ -67,9 +68,14 @@ def create() -> None:
     shell.run(*gcloud("queued-resources", "create", NAME.value, f"--node-id={NAME.value}",
                       f"--accelerator-type={TYPE.value}", f"--runtime-version={RUNTIMES[kind]}",
                       *["--spot"] * SPOT.value))
+    missed = 0
     while (now := state()) != "ACTIVE" and not shell.DRY_RUN.value:
+        missed = 0 if now else missed + 1
         if now in ("FAILED", "SUSPENDED"):
             raise UserError(f"{NAME.value}: {now}; `delete` it, and ask again or elsewhere")
+        if missed == MISSES:
+            raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; "
+                            "its message stands above. The request goes on: `delete` ends it")
         time.sleep(POLL_SECONDS)
 
 

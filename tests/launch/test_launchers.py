@@ -117,12 +117,16 @@ case "$4" in
 esac""")
     stand_in(tmp_path / "bin/git", "")
 
+    at_once = ("from launch import door; from launch.tpu import pod; pod.POLL_SECONDS = 0; "
+               "door.run(pod.main, arguments=True)")
+
     def resume(**told):
         (tmp_path / "calls").unlink(missing_ok=True)
         result = subprocess.run(
-            [sys.executable, ROOT / "launch/tpu/pod.py", *POD[1:], "--type=v6e-16", "resume", *JOB],
+            [sys.executable, "-c", at_once, *POD[1:], "--type=v6e-16", "resume", *JOB],
             cwd=tmp_path, capture_output=True, text=True, timeout=25,
-            env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | told)
+            env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+                              "PYTHONPATH": str(ROOT)} | told)
         return result, [line.split()[1] for line in
                         (tmp_path / "calls").read_text().splitlines()]
     result, calls = resume(AFTER="ACTIVE", SSH="0")
@@ -131,6 +135,9 @@ esac""")
     result, calls = resume(AFTER="FAILED", SSH="0")
     assert result.returncode == 2 and "error: glm: FAILED" in result.stderr
     assert calls[-2:] == ["create", "describe"]
+    result, calls = resume(AFTER="", SSH="0")
+    assert result.returncode == 2 and "gcloud can't say how it is, 10 times" in result.stderr
+    assert calls[-10:] == ["describe"] * 10 and calls[-11] == "create"
     result, calls = resume(AFTER="ACTIVE", SSH="7")
     assert result.returncode == 2 and "gcloud ended with exit code 7" in result.stderr
     assert calls.count("ssh") == 1

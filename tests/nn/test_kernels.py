@@ -16,7 +16,7 @@ from glm_jax.models import as_batch
 from glm_jax.nn.attention import Mask, reference
 from glm_jax.nn.batch import Batch, reach, visible
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.kernels import choose, cudnn, cudnn_packed, over_mesh, splash
+from glm_jax.nn.kernels import choose, cudnn, cudnn_packed, over_mesh, packs, splash
 from glm_jax.parallel.mesh import make_mesh, sharding
 from tests.packed import KINDS, MASK, SOP, batches, model_of
 
@@ -60,10 +60,11 @@ def rows():
     return segments, order
 
 
-def assert_equal_reference(kernel, dtype=jnp.float32, tolerance=1e-5):
+def assert_equal_reference(kernel, dtype=jnp.float32, tolerance=1e-5, causal=False):
     """Values and gradients, of all that is not padding."""
     draw = np.random.default_rng(0)
     segments, order = rows()
+    order = np.broadcast_to(np.arange(200), order.shape) if causal else order
     query, key, value, along = (
         jnp.asarray(2 * draw.standard_normal((2, 200, heads, 64)), dtype) for heads in (4, 2, 2, 4))
     along *= (segments > 0)[..., None, None]
@@ -101,6 +102,10 @@ def test_what_cudnn_is_asked_for_equals_the_reference():
 @pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="there is no GPU")
 def test_cudnn_equals_the_reference():
     assert_equal_reference(functools.partial(by_cudnn, implementation="cudnn"), jnp.bfloat16, 0.02)
+    if packs():
+        def packed(query, key, value, segments, order):
+            return cudnn_packed(query, key, value, segments, count=4)
+        assert_equal_reference(packed, jnp.bfloat16, 0.02, causal=True)
 
 
 def apart(query, key, value, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):

@@ -1,6 +1,7 @@
 """Plans for chips that are not there: what fits, what is sent, and how fast it can be."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -56,12 +57,26 @@ def test_a_compiled_step(compiled):
     assert compiled.sent["all-gather"][1] > gathered
 
 
+def test_what_trains_in_float32_is_sent_as_what_is_computed_with(program):
+    found = re.findall(r"= \(?(\w+)\[\S* .*?all-gather(?:-start)?\(", program[1])
+    assert set(found) == {"bf16", "s32"} and found.count("s32") == 1  # the tokens' numbers
+
+
 def test_the_state_is_donated(program):
     config = small()
     mesh = abstract_mesh({"fsdp": 4}, 4)
     state = plans.pieces(config, mesh).state
     header = program[1].partition("\n")[0]
     assert header.count("-alias)") == len(jax.tree.leaves(state))
+
+
+def test_what_is_offloaded_is_the_hosts():
+    here, there = (make_plan(small(**{"optimizer.offload": offload}), topology("h100:4"))
+                   for offload in (False, True))
+    moved = here.memory["optimizer"] - there.memory["optimizer"]
+    assert here.host == 0 and there.host > 0.9 * here.memory["optimizer"]
+    assert there.host == pytest.approx(moved, rel=0.001)  # a counter a layer stays
+    assert there.needs < here.needs
 
 
 def test_the_arithmetic_is_the_compiled_steps(compiled):
