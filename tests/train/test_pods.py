@@ -15,6 +15,7 @@ from glm_jax.train.plan import make_plan, text
 DOCS = Path(__file__).parents[2] / "docs" / "plans"
 # A torus of three sides may gather by an all-reduce, which sends twice as much.
 PODS = [("chatglm3-6b-lora", "v5e:2x4", 1.03), ("glm-4-9b-full", "v6e:4x4", 1.03),
+        ("glm-4-9b-full", "v5p:2x2x4", 1.03),
         ("glm-4-32b-lora", "v6e:4x4", 1.03), ("glm-4-32b-full", "v5p:4x4x4", 2.0),
         ("glm-4.5-air-lora", "v5p:4x4x4", 1.2)]
 
