@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         "adapter": {
             "name": "lora",  # or "" for none
             "r": 8, "alpha": 16, "dropout": 0.0, "rslora": False,
-            "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+            "targets": ("all-linear",),  # every linear layer but the heads; or names of some
         },
         "batch": {
             "rows": 8, "length": 256,  # tokens a row; several examples are packed into it

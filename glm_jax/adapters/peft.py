@@ -209,7 +209,7 @@ def _adapter_config(model: Any, config: LoRAConfig, base: str | Path) -> dict[st
         "lora_dropout": config.lora_dropout,
         "modules_to_save": _written_saved(model, config.modules_to_save) or None,
         "peft_type": "LORA", "r": config.r, "rank_pattern": {}, "revision": None,
-        "target_modules": _written_targets(model, config), "task_type": TASKS[model.head],
+        "target_modules": written_targets(model, config), "task_type": TASKS[model.head],
         "use_dora": False, "use_rslora": config.use_rslora,
     }
 
@@ -222,19 +222,21 @@ def _written_saved(model: Any, saved: tuple[str, ...]) -> list[str]:
     return sorted(own.get(name, name) for name in saved)
 
 
-def _written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
-    """The shortest `target_modules` by which PEFT finds exactly the layers that have adapters."""
+def written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
+    """The shortest `target_modules` by which PEFT finds exactly the layers that have adapters.
+
+    Raises:
+      UserError: for adapters that PEFT has no place for.
+    """
     names, layers = torch_names(model), linears(model)
     adapted = {path for path, layer in layers.items() if hasattr(layer, "adapter")}
-    if unnamed := sorted(adapted - names.keys()):
-        raise UserError(f"{unnamed[0]} has no name of its own in PyTorch: PEFT can't hold its "
-                        "adapter. Export the merged model")
-    for first, *others in modules(model):
-        if any(layers[path].adapter.lora_a is not layers[first].adapter.lora_a
-               for path in others if path in adapted):
-            raise UserError(f"{first} and {', '.join(others)} are one layer in PyTorch, named "
-                            f"{names[first][0]}: PEFT can't hold adapters of each. Target the one, "
-                            "or export the merged model")
+    for paths in modules(model):
+        shared = {id(layers[path].adapter.lora_a) if path in adapted else None for path in paths}
+        if len(shared) > 1:
+            name = names[paths[0]][0]
+            raise UserError(f"{' and '.join(paths)} are one layer in PyTorch, named {name}, and "
+                            "PEFT can't hold adapters of each: target "
+                            f"{name.rpartition('.')[2]}")
     whole = sorted({name for path in adapted for name in names[path]})
     ends = tuple(sorted({name.rpartition(".")[2] for name in whole}))
     for written in (config.target_modules, ends):

@@ -32,8 +32,7 @@ def weight_table(model: Any) -> list[Weight]:
 def torch_names(model: Any) -> dict[str, list[str]]:
     """What PyTorch calls each linear layer, by our path: a name for each layer of a stack.
 
-    Those that a released checkpoint joins (`query_key_value`) have one name together; one that it
-    has in parts has none.
+    Those that a released checkpoint joins (`query_key_value`) have one name together.
     """
     layers = linears(model)
     return {path: [name.removesuffix(".weight")
@@ -46,7 +45,7 @@ def modules(model: Any) -> dict[tuple[str, ...], Weight]:
     layers, found = linears(model), {}
     for row in weight_table(model):
         paths = tuple(path.removesuffix(".kernel") for path in row.paths)
-        if (row.read and row.name.endswith(".weight") and row.part == (0, 1)
+        if (row.read and row.name.endswith(".weight")
                 and all(path in layers for path in paths)):
             found[paths] = row
     return found
@@ -55,11 +54,12 @@ def modules(model: Any) -> dict[tuple[str, ...], Weight]:
 def groups(model: Any, target_modules: Target) -> list[tuple[str, ...]]:
     """The layers, by path, that `target_modules` names together: their adapters share one A.
 
-    Those are the joined ones, unless it names a member by its own path.
+    Those are the joined ones, named as PyTorch does.
     """
+    names = torch_names(model)
     return [paths for paths in modules(model) if len(paths) > 1
             and (target_modules == ALL_LINEAR
-                 or not any(matches(target_modules, path) for path in paths))]
+                 or any(matches(target_modules, name) for name in names[paths[0]]))]
 
 
 def matches(target: Target, name: str) -> bool:
@@ -96,8 +96,9 @@ def find(model: Any, target_modules: Target, excluded: tuple[str, ...] = (), *,
                         ) from None
     if idle and (strict or len(idle) == len(ends)):
         target = idle[0] if isinstance(idle[0], str) else idle[0][0]
-        raise UserError(f"target_modules: {target!r} matches no linear layer; "
-                        + nearest(target, (path.rpartition(".")[2] for path in layers)))
+        raise UserError(f"target_modules: {target!r} matches no linear layer; " + nearest(
+            target, (name.rpartition(".")[2] for path in layers
+                     for name in (path, *names.get(path, ())))))
     chosen = {}
     for path, layer in layers.items():
         covered = [matches(target_modules, name) for name in names.get(path, ())]

@@ -82,32 +82,32 @@ def check_tensors(released: Source, wanted: Mapping[str, tuple[int, ...]], troub
 def readers(released: Source, table: list[Weight], abstract: Mapping[str, nnx.Param]
             ) -> dict[str, "Stored"]:
     """Each of our parameters as it lies in the folder."""
-    sources: dict[str, list[tuple[Weight, int, list[int]]]] = {}
+    found = {}
     for row in filter(lambda row: row.read, table):
-        sizes = [row.released(abstract[path].get_value().shape)[0] for path in row.paths]
-        for which, path in enumerate(row.paths):
-            sources.setdefault(path, []).append((row, which, sizes))
-    return {path: Stored(released, sorted(rows, key=lambda r: r[0].part),
-                         abstract[path].get_value().shape) for path, rows in sources.items()}
+        shapes = [abstract[path].get_value().shape for path in row.paths]
+        sizes = [row.released(shape)[0] for shape in shapes]
+        for which, (path, shape) in enumerate(zip(row.paths, shapes, strict=True)):
+            found[path] = Stored(released, row, which, sizes, shape)
+    return found
 
 
 class Stored:
-    """One of our parameters in a folder: any slice is read from the tensors that make it up.
+    """One of our parameters in a folder: any slice is read from the tensors that hold it.
 
     Attributes:
       stacked: how many of its leading axes are layers and experts.
     """
 
-    def __init__(self, released: Source, sources: list[tuple[Weight, int, list[int]]],
+    def __init__(self, released: Source, row: Weight, which: int, sizes: list[int],
                  shape: tuple[int, ...]):
-        self.shape, self.stacked = shape, sources[0][0].stacked
-        self._released, self._sources = released, sources
-        self._names = [dict(row.names(shape)) for row, _, _ in sources]
+        self.shape, self.stacked = shape, row.stacked
+        self._released, self._row, self._which, self._sizes = released, row, which, sizes
+        self._names = dict(row.names(shape))
 
     @property
     def names(self) -> set[str]:
-        """The names of all tensors that make it up."""
-        return {name for names in self._names for name in names.values()}
+        """The names of all tensors that hold it."""
+        return set(self._names.values())
 
     @property
     def dtypes(self) -> set[np.dtype]:
@@ -115,8 +115,8 @@ class Stored:
         return {self._released.dtypes[name] for name in self.names}
 
     def dtype(self, place: tuple[int, ...]) -> np.dtype:
-        """What the file keeps it in there; float32 where the tensors that make it up differ."""
-        return _common(self._released.dtypes[names[place]] for names in self._names)
+        """What the file keeps it in there."""
+        return self._released.dtypes[self._names[place]]
 
     def at(self, place: tuple[int, ...]) -> np.ndarray:
         return self._one(place, tuple(map(slice, self.shape[self.stacked:])))
@@ -133,18 +133,12 @@ class Stored:
         return whole.reshape(*sizes, *whole.shape[1:])
 
     def _one(self, place: tuple[int, ...], inner: tuple[slice, ...]) -> np.ndarray:
-        transpose = self._sources[0][0].transpose
-        outputs, *rest = inner[::-1] if transpose else inner
-        begin, end, _ = outputs.indices(sum(sizes[which] for _, which, sizes in self._sources))
-        parts, begins = [], 0
-        for (row, which, sizes), names in zip(self._sources, self._names, strict=True):
-            start, stop = (min(max(at - begins, 0), sizes[which]) for at in (begin, end))
-            begins += sizes[which]
-            if start < stop:
-                rows = row.rows(which, sizes, start, stop)
-                parts.append(self._released.read(names[place], (rows, *rest)))
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return joined.T if transpose else joined
+        row, which = self._row, self._which
+        outputs, *rest = inner[::-1] if row.transpose else inner
+        start, stop, _ = outputs.indices(self._sizes[which])
+        rows = row.rows(which, self._sizes, start, stop)
+        array = self._released.read(self._names[place], (rows, *rest))
+        return array.T if row.transpose else array
 
 
 def _common(dtypes: Iterable[np.dtype]) -> np.dtype:

@@ -14,7 +14,7 @@ import numpy as np
 from glm_jax.errors import UserError
 from glm_jax.models.decoder import DecoderConfig
 from glm_jax.models.glm import GlmConfig
-from glm_jax.models.weights import Weight, linear, norm
+from glm_jax.models.weights import Weight, gated, linear, norm
 
 BASE = 10000.0  # what rope_ratio multiplies
 
@@ -89,7 +89,7 @@ def weights(config: ChatGLMConfig, head: str) -> list[Weight]:
         Weight(fused + ".weight", kernels, transpose=True),
         *([Weight(fused + ".bias", biases)] if config.add_qkv_bias else []),
         *linear(layer + "self_attention.dense", "layers.self_attn.o_proj"),
-        *linear(layer + "mlp.dense_h_to_4h", "layers.mlp.gate_up_proj"),
+        gated(layer + "mlp.dense_h_to_4h"),
         *linear(layer + "mlp.dense_4h_to_h", "layers.mlp.down_proj"),
         *norm("transformer.encoder.final_layernorm", "norm"),
         *linear("transformer.output_layer", "lm_head"),

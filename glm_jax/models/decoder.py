@@ -32,7 +32,6 @@ class DecoderConfig(Config):
     Attributes:
       interleaved: the rotary turns adjacent pairs, not those of two halves.
       sandwich: attention and MLP each have a norm after them, too.
-      packed: gate and up of an MLP are one matrix.
       pools_last: a text is classified at its last position, not at the last token that is not
         the padding's; the head then has a bias.
       keeps_lm_head: a classifier has the language-model head besides.
@@ -42,7 +41,6 @@ class DecoderConfig(Config):
 
     interleaved: ClassVar[bool] = True
     sandwich: ClassVar[bool] = False
-    packed: ClassVar[bool] = True
     pools_last: ClassVar[bool] = False
     keeps_lm_head: ClassVar[bool] = False
 
@@ -100,22 +98,22 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU of `inner` features; gate and up are one matrix, or two as the checkpoint has them."""
+    """SwiGLU of `inner` features.
+
+    Gate and up are two matrices, also where a checkpoint joins them: split over `tensor`, the two
+    halves of one would lie on different devices.
+    """
 
     def __init__(self, config: Any, inner: int, rngs: nnx.Rngs):
         hidden, std = config.hidden_size, config.initializer_range
         into = ("embed", "mlp")
-        if config.packed:
-            self.gate_up_proj = Linear(hidden, 2 * inner, into, std=std, rngs=rngs)
-        else:
-            self.gate_proj = Linear(hidden, inner, into, std=std, rngs=rngs)
-            self.up_proj = Linear(hidden, inner, into, std=std, rngs=rngs)
+        self.gate_proj = Linear(hidden, inner, into, std=std, rngs=rngs)
+        self.up_proj = Linear(hidden, inner, into, std=std, rngs=rngs)
         self.down_proj = Linear(inner, hidden, ("mlp", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
-        if hasattr(self, "gate_up_proj"):
-            return self.down_proj(swiglu(self.gate_up_proj(x, keys[0])), keys[1])
-        inner = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[2])
+        # One key: where a checkpoint joins the two, an adapter drops their input once.
+        inner = swiglu(self.gate_proj(x, keys[0]), self.up_proj(x, keys[0]))
         return self.down_proj(inner, keys[1])
 
 
@@ -164,8 +162,8 @@ class Experts(nnx.Module):
 
     def __call__(self, rows: jax.Array, product: Product, keys: list[Any]) -> jax.Array:
         """`[rows, hidden]` by the product that knows each row's expert."""
-        gate = self.gate_proj(rows, keys[0], product)
-        inner = jax.nn.silu(gate) * self.up_proj(rows, keys[2], product)
+        inner = swiglu(self.gate_proj(rows, keys[0], product),
+                       self.up_proj(rows, keys[2], product))
         return self.down_proj(inner, keys[1], product)
 
 

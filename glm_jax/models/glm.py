@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from glm_jax.models.decoder import DecoderConfig
-from glm_jax.models.weights import Weight, linear, norm
+from glm_jax.models.weights import Weight, gated, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,8 @@ class GlmConfig(DecoderConfig):
 def weights(config: GlmConfig, head: str) -> list[Weight]:
     """The released names of every parameter of `Decoder(config, head)`."""
     rows = around(config, head) + block(config, "layers")
-    for name in ("gate_up_proj", "down_proj"):
-        rows += linear("model.layers.{}.mlp." + name, f"layers.mlp.{name}")
-    return rows
+    mlp = "model.layers.{}.mlp."
+    return [*rows, gated(mlp + "gate_up_proj"), *linear(mlp + "down_proj", "layers.mlp.down_proj")]
 
 
 def ignored(config: GlmConfig) -> str:

@@ -40,7 +40,6 @@ class Glm4MoeConfig(GlmConfig):
     num_nextn_predict_layers: int = 1
 
     interleaved: ClassVar = False
-    packed: ClassVar = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,6 @@ class Weight(NamedTuple):
       path: our dotted parameter path; several when the released tensor joins them along its
         output rows, in this order.
       transpose: the released matrix is `[out, in]`, ours `[in, out]`.
-      part: (i, n): the released tensor is only the i-th of n equal parts of our outputs.
       heads: when not 0, joined head by head: the rows of a head from each path in turn.
       first: the number of the first layer of this stack.
       copy: holds what another row reads already (a tied head): written, but never read.
@@ -33,7 +32,6 @@ class Weight(NamedTuple):
     name: str
     path: str | tuple[str, ...]
     transpose: bool = False
-    part: tuple[int, int] = (0, 1)
     heads: int = 0
     first: int = 0
     copy: bool = False
@@ -69,14 +67,11 @@ class Weight(NamedTuple):
     def released(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of one released tensor, were it made of this path alone (ours is `shape`)."""
         one = tuple(shape[self.stacked:])
-        one = one[::-1] if self.transpose else one
-        return (one[0] // self.part[1], *one[1:])
+        return one[::-1] if self.transpose else one
 
     def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
         """The released tensor from our parameters, each without its leading axes."""
         parts = [p.T if self.transpose else p for p in parameters]
-        number, of = self.part
-        parts = [p[number * (len(p) // of):(number + 1) * (len(p) // of)] for p in parts]
         if not self.heads:
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
         by_head = [p.reshape(self.heads, -1, *p.shape[1:]) for p in parts]
@@ -100,6 +95,12 @@ def linear(name: str, path: str, bias: bool = False) -> list[Weight]:
     """The table rows of one torch `Linear`."""
     rows = [Weight(f"{name}.weight", f"{path}.kernel", transpose=True)]
     return rows + [Weight(f"{name}.bias", f"{path}.bias")] if bias else rows
+
+
+def gated(name: str) -> Weight:
+    """The row of one torch `Linear` that is gate and up of an MLP, the gate first."""
+    return Weight(f"{name}.weight", ("layers.mlp.gate_proj.kernel", "layers.mlp.up_proj.kernel"),
+                  transpose=True)
 
 
 def norm(name: str, path: str, bias: bool = False) -> list[Weight]:

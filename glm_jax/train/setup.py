@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.adapters import lora, partition
+from glm_jax.adapters.peft import written_targets
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.chat import chats
@@ -172,6 +173,7 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Any,
             target_modules=tuple(map(str, config.adapter.targets)),
             use_rslora=config.adapter.rslora, modules_to_save=saved)
         lora.attach(model, lora_config, seed=config.seed)
+        written_targets(model, lora_config)  # now, not when it is exported
     elif config.adapter.name:
         raise UserError(f"adapter.name={config.adapter.name!r}: choose 'lora', or '' for none")
     if model.config.model_type == "conv_rnn" and config.batch.examples != 1:

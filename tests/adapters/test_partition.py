@@ -24,7 +24,7 @@ def test_a_pattern_names_whole_parts_of_the_path(make):
             (("adapter", "score"), adapter | {"score.kernel"}),
             ((".*",), everything),
             (("norm",), {"norm.scale"}),
-            (("layers.mlp",), {"layers.mlp.gate_up_proj.kernel", "layers.mlp.down_proj.kernel"}),
+            (("layers.mlp",), {f"layers.mlp.{n}_proj.kernel" for n in ("gate", "up", "down")}),
             (("q_proj.(kernel|bias)",), {f"{q_proj}.kernel", f"{q_proj}.bias"})):
         graphdef, trainable, frozen = partition(model, patterns)
         assert paths(trainable) == expected, patterns

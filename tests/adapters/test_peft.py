@@ -109,7 +109,10 @@ def test_fixture(name, tmp_path):
     assert len(names) == 2 * len(config.target_modules)
     for full in names:
         module, letter = re.fullmatch(r".*layers\.0\.(.*)\.lora_([AB])\.weight", full).groups()
-        ours = gradients[f"layers.{module}.adapter.lora_{letter.lower()}"][0].T
+        modules = ([f"mlp.{name}_proj" for name in ("gate", "up")] if "gate_up" in module
+                   else [module])
+        paths = [f"layers.{name}.adapter.lora_{letter.lower()}" for name in modules]
+        ours = np.concatenate([gradients[path][0].T for path in paths if path in gradients])
         np.testing.assert_allclose(ours, expected[full], rtol=1e-3,
                                    atol=1e-5 * np.abs(expected[full]).max(), err_msg=full)
     kernels = dict(tensors(merged(model)))
@@ -266,7 +269,8 @@ def test_a_base_in_the_project_is_found_from_anywhere(trained, tmp_path, monkeyp
     ("all-linear", ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]),
     (r".*\.[qv]_proj", r".*\.[qv]_proj"),
     (("layers.self_attn.q_proj",), ["q_proj"]),
-    (r"layers\.mlp\..*", ["down_proj", "gate_up_proj"]),
+    (r"layers\.self_attn\..*", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    (r".*\.mlp\..*", r".*\.mlp\..*"),
 ])
 def test_targets_are_written_so_that_peft_finds_the_same(trained, tmp_path, targets, written):
     model, config = trained(target_modules=targets)

@@ -55,6 +55,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     (("--config.optimizer.warmup=24",), "24 warm-up steps leave none of the 24 steps"),
     (("--config.eval.metric=bleu",), "choose one of accuracy, f1, loss"),
     (("--config.adapter.targets=q_proj,w_proj",), "'w_proj' matches no linear layer"),
+    (("--config.adapter.targets=up_proj",), "can't hold adapters of each: target gate_up_proj"),
     (("--config.adapter.name=lor",), "choose 'lora'"),
     (("--config.trainable=scor",), "'scor' matches no parameter; did you mean 'score'?"),
     (("--config.trainable=.*",), "adapter.name=''"),

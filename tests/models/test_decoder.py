@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import glm_jax
+from glm_jax.adapters import partition
 from glm_jax.adapters.lora import LoRAConfig, attach, merged
 from glm_jax.convert.hf import exact_paths, flat, load_model, save_model
 from glm_jax.errors import UserError
@@ -18,6 +19,7 @@ from glm_jax.infer.cache import empty_cache
 from glm_jax.models import REGISTRY, architecture_of
 from glm_jax.nn.batch import causal_batch
 from glm_jax.parallel.mesh import make_mesh, use_mesh_of
+from tests.nn.test_loss import collectives
 
 MOE = {"model_type": "glm4_moe", "num_hidden_layers": 3, "n_routed_experts": 8,
        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
@@ -141,6 +143,25 @@ def test_experts_on_a_mesh_equal_one_device(alone, sizes):
     for param in (layer.kernel, layer.adapter.lora_a, layer.adapter.lora_b):
         shard = param.get_value().addressable_shards[0].data
         assert shard.shape[1] == 8 // sizes["expert"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("raw", [{}, SMALL], ids=["glm", "glm4_moe"])
+def test_a_layer_split_over_tensor_is_only_summed(raw, lora, tiny):
+    """Once behind attention and once behind the MLP: nothing changes places between devices."""
+    model = nnx.merge(*nnx.split(tiny(mesh=make_mesh({"tensor": 2}), **raw)))
+    if lora:
+        attach(model, LoRAConfig(r=2))
+    trained = ("adapter",) if lora else ("layers",)
+    graphdef, trainable, frozen = partition(model, trained)
+
+    def value(trainable):
+        whole = nnx.merge(graphdef, trainable, frozen, copy=True)
+        return jnp.square(whole(causal_batch(TOKENS))[0]).mean()
+    with use_mesh_of(trainable):
+        text = jax.jit(jax.value_and_grad(value)).lower(trainable).compile().as_text()
+    kinds = {kind for kind, _, _ in collectives(text)}
+    assert "all-reduce" in kinds and not kinds & {"all-to-all", "collective-permute"}
 
 
 def test_adapters_on_experts_merge_into_what_they_compute():

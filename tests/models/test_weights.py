@@ -38,15 +38,6 @@ def test_by_head_means_the_rows_of_a_head_from_each_in_turn():
     assert joined.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
 
 
-def test_two_tensors_in_one_parameter():
-    rows = [Weight(f"{name}.weight", "gate_up", transpose=True, part=(number, 2))
-            for number, name in enumerate(("gate", "up"))]
-    packed = np.arange(12.0).reshape(2, 6)
-    assert [row.released(packed.shape) for row in rows] == [(3, 2), (3, 2)]
-    gate, up = (row.join([packed]) for row in rows)
-    np.testing.assert_array_equal(np.concatenate([gate, up]), packed.T)
-
-
 def test_names_count_layers_from_the_first_of_the_stack_and_experts_from_zero():
     row = Weight("layers.{}.experts.{}.down.weight", "experts.down", first=3)
     assert dict(row.names((2, 2, 7, 7))) == {

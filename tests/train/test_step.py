@@ -204,7 +204,7 @@ def test_a_state_in_the_hosts_memory_is_the_same_and_stays_there(trainer):
         assert set(kinds.values()) == {"pinned_host" if offload else "device"}
     there, here = host(results[True]), host(results[False])
     assert_close(there["trainable"], here["trainable"], atol=1e-6)
-    name = "layers.mlp.gate_up_proj.kernel"
+    name = "layers.mlp.gate_proj.kernel"
     adam, (state, *_) = here["optimizer"][1][0], there["optimizer"][1]
     assert (state[name].count == 3).all() and np.abs(adam.nu[name]).max() > 0
     for field in ("mu", "nu"):
