@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip --no-input install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help sentiment test lint clean
+.PHONY: help sentiment test test-slow lint clean
 
 help:
 	@echo "make sentiment   fine-tune glm-nano-zh on Chinese reviews: the main job"
 	@echo "make test        run the tests"
+	@echo "make test-slow   run those that take minutes each"
 	@echo "make lint        run ruff and mypy"
 	@echo "make clean       remove the environment and the caches; runs/ stays"
 
@@ -20,6 +21,9 @@ sentiment: $(VENV)/.stamp-runtime
 
 test: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/python -m ruff check .

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 
 import pytest
 import yaml
@@ -241,3 +242,12 @@ def test_json_is_what_the_manifest_takes():
     """Values with quotes stay one value: JSON's strings are YAML's."""
     for text in ('a"b', "it's", "a: b #c", "宝"):
         assert yaml.safe_load("x: " + json.dumps(text, ensure_ascii=False)) == {"x": text}
+
+
+def test_the_image_is_sent_what_it_copies():
+    copied = {name for line in (ROOT / "launch/gke/Dockerfile").read_text().splitlines()
+              if line.startswith("COPY") for name in line.split()[1:-1]}
+    sent = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines()
+            if line.startswith("!")]
+    assert {name for name in copied if any(fnmatch(name, part) for part in sent)} == copied
+    assert all((ROOT / name).exists() for name in copied)

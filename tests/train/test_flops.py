@@ -91,6 +91,20 @@ def test_released_models(name):
     assert head.token == pytest.approx(full.token / 3) and head.pair == full.pair / 3
 
 
+def test_a_token_takes_its_own_experts_only():
+    """XLA counts a loop over blocks of rows once, and `ragged_dot` for every expert: by hand."""
+    hidden, inner, own = 64, 48, 3
+    raw = {"model_type": "glm4_moe", "hidden_size": hidden, "num_hidden_layers": 5,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 99,
+           "intermediate_size": 80, "first_k_dense_replace": 1, "n_routed_experts": 8,
+           "num_experts_per_tok": own, "n_shared_experts": 2, "moe_intermediate_size": inner}
+    attention = hidden * 32 * (4 + 2 + 2 + 4)
+    mixture = 3 * hidden * inner * (own + 2) + hidden * 8
+    active = 5 * attention + 4 * mixture + 3 * hidden * 80 + 99 * hidden
+    model = nnx.eval_shape(lambda: build(raw, False)[0])
+    assert training_flops(model, by_path(nnx.state(model, nnx.Param))).token == 6 * active
+
+
 def test_the_head_of_an_encoder_counts_once_a_text():
     raw = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 99,
            "num_attention_heads": 2, "intermediate_size": 128}
