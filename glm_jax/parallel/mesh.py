@@ -78,10 +78,32 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     return Mesh(_arranged(shape, devices, asked), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_mesh(sizes: Mapping[str, int] | None, count: int) -> AbstractMesh:
-    """A mesh of so many devices that are nowhere: for shapes and shardings, by which it plans."""
-    return AbstractMesh(tuple(_shape(sizes, count)[0]), AXES,
-                        axis_types=(AxisType.Auto,) * len(AXES))
+def abstract_mesh(sizes: Mapping[str, int] | None, count: int, slices: int = 1) -> AbstractMesh:
+    """A mesh of so many devices that are nowhere: for shapes and shardings, by which it plans.
+
+    Raises:
+      UserError: as `make_mesh` on as many devices in so many slices.
+    """
+    shape, asked = _shape(sizes, count)
+    if math.prod(shape) == count:  # else the planner says what is wrong with it
+        across_slices(dict(zip(AXES, shape, strict=True)), slices, asked)
+    return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def across_slices(sizes: Mapping[str, int], slices: int, asked: str = "") -> dict[str, int]:
+    """Over how many slices each axis of a mesh reaches; the network between them is slow.
+
+    Raises:
+      UserError: where `data` and `fsdp` together can't reach all of them.
+    """
+    across, left = dict.fromkeys(AXES, 1), slices
+    for axis in ("data", "fsdp"):
+        across[axis] = math.gcd(sizes[axis], left)
+        left //= across[axis]
+    if left > 1:
+        raise UserError(f"mesh: {asked or 'one device'} on {slices} slices: data × fsdp must be a "
+                        f"multiple of {slices}, for no other axis may reach across slices")
+    return across
 
 
 def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]:
@@ -109,14 +131,8 @@ def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]
 def _arranged(shape: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:
     """The devices in an array of this shape, by topology."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    inside, across, left = list(shape), [1] * len(shape), slices
-    for axis in (AXES.index("data"), AXES.index("fsdp")):
-        across[axis] = math.gcd(shape[axis], left)
-        inside[axis] //= across[axis]
-        left //= across[axis]
-    if left > 1:
-        raise UserError(f"mesh: {asked or 'one device'} on {slices} slices: data × fsdp must be a "
-                        f"multiple of {slices}, for no other axis may reach across slices")
+    across = list(across_slices(dict(zip(AXES, shape, strict=True)), slices, asked).values())
+    inside = [size // over for size, over in zip(shape, across, strict=True)]
     if across[1] > 1:
         logging.info("mesh axis 'fsdp' reaches across slices: its gathers take the slow network")
     try:

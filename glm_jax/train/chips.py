@@ -75,6 +75,11 @@ class Topology(NamedTuple):
     def chips(self) -> int:
         return self.slices * math.prod(self.shape)
 
+    @property
+    def parts(self) -> int:
+        """Between how many slices, or hosts of GPUs, the slow network lies."""
+        return -(-self.chips // self.chip.host) if self.chip.host else self.slices
+
     def __str__(self) -> str:
         slices = f"{self.slices}x" if self.slices > 1 else ""
         return f"{slices}{self.kind}:{'x'.join(map(str, self.shape))}"

@@ -18,7 +18,7 @@ from glm_jax.nn.loss import ACCELERATED, LOGITS
 from glm_jax.parallel.mesh import data_ways, partition
 from glm_jax.train import setup
 from glm_jax.train.flops import Flops, forward_flops
-from glm_jax.train.hlo import Collective
+from glm_jax.train.hlo import Collective, crossing
 from glm_jax.train.step import HOST
 
 
@@ -32,6 +32,7 @@ class Pieces:
     """A training step without arrays, ready to be traced and compiled."""
 
     mesh: Any  # or an abstract one
+    across: Mapping[str, int]  # over how many slices, or hosts of GPUs, each of its axes reaches
     parts: setup.Parts
     state: dict[str, Any]
     batch: Any
@@ -85,15 +86,18 @@ class Use(NamedTuple):
 
     Attributes:
       size: bytes, all layers together; layers: how many these are.
-      ways: of how many devices the parts are gathered for it; `sums`: over how many devices that
-        have other tokens its gradient is summed besides.
+      ways: of how many devices the parts are gathered for it; `reach`: in how many slices.
+      sums: over how many devices that have other tokens its gradient is summed besides;
+        `sums_reach`: in how many slices.
       times: how often it is gathered in a step.
     """
 
     size: float
     layers: int
     ways: int
+    reach: int
     sums: int
+    sums_reach: int
     times: int
     trained: bool
 
@@ -114,9 +118,10 @@ def uses(config: Any, made: Pieces, model: Any) -> list[Use]:
         stacked = len(axes) < value.ndim
         bits = 4 if path.endswith("gate.kernel") else np.dtype(model.dtype).itemsize
         parts = ways(stored) // ways(whole)
+        reach = math.prod(made.across[axis] for axis in jax.tree.leaves(tuple(stored)))
         out.append(Use(value.size / ways(whole) * bits, value.shape[0] if stacked else 1, parts,
-                        max(tokens // parts, 1), (2 if stacked else 1) * config.batch.accumulate,
-                        path in trained))
+                       reach, max(tokens // parts, 1), math.prod(made.across.values()) // reach,
+                       (2 if stacked else 1) * config.batch.accumulate, path in trained))
     return out
 
 
@@ -131,16 +136,18 @@ def traffic(config: Any, made: Pieces, model: Any, uses: Sequence[Use]) -> list[
     mesh, batch, out = made.mesh, config.batch, []
     for use in uses:
         if use.ways > 1:
-            sent = use.size * (use.ways - 1) / use.ways
-            out.append(Collective("all-gather", (), sent / use.layers,
-                                  use.times * use.layers, "parameters"))
+            sent = use.size * (use.ways - 1) / use.ways / use.layers
+            across = crossing("all-gather", sent, use.ways, use.reach)
+            out.append(Collective("all-gather", (), sent, use.times * use.layers, "parameters",
+                                  across))
             if use.trained:
-                out.append(Collective("reduce-scatter", (), sent / use.layers,
-                                      use.layers * batch.accumulate, "gradients"))
+                out.append(Collective("reduce-scatter", (), sent, use.layers * batch.accumulate,
+                                      "gradients", across))
         if use.trained and use.sums > 1:
-            out.append(Collective(
-                "all-reduce", (), 2 * use.size / use.ways * (use.sums - 1) / use.sums / use.layers,
-                use.layers * batch.accumulate, "gradients"))
+            sent = 2 * use.size / use.ways * (use.sums - 1) / use.sums / use.layers
+            out.append(Collective("all-reduce", (), sent, use.layers * batch.accumulate,
+                                  "gradients", crossing("all-reduce", sent, use.sums,
+                                                        use.sums_reach)))
     layers = getattr(model.config, "num_hidden_layers", 0)
     again = computes_again(config)
     tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"]

@@ -2,8 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 # Bytes that each of n devices sends, by the bytes of what comes out (of all-reduce: by ring).
 _SENT = {
@@ -14,6 +16,8 @@ _SENT = {
     "collective-permute": lambda size, n: size,
 }
 _OP = re.compile(rf" ({'|'.join(_SENT)})(-start)?\(")
+# A TPU's compiler has what goes between slices sent through the hosts.
+_BETWEEN = re.compile(r' send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z\d]*)\[([\d,]*)\]")
 
 
@@ -24,6 +28,8 @@ class Collective(NamedTuple):
       kind: as HLO names it.
       shapes: of the arrays that come out.
       sent: bytes that each device sends, each time.
+      across: those of them that must at least go from slice to slice, where each device has an
+        adapter of its own on the network between them.
       times: how often a run of the program does it.
       source: the JAX operation that it comes from.
     """
@@ -33,10 +39,21 @@ class Collective(NamedTuple):
     sent: float
     times: int
     source: str
+    across: float = 0.0
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of a program for so many devices.
+def crossing(kind: str, sent: float, devices: int, slices: int) -> float:
+    """Bytes that each of a collective's devices, equally many in each slice, must send to others.
+
+    What all get goes to each other slice once, a part by each of a slice's devices.
+    """
+    if kind == "all-to-all":  # each has something for each
+        return sent * (devices - devices // slices) / max(devices - 1, 1)
+    return sent * (slices - 1) / max(devices - 1, 1)
+
+
+def collectives(text: str, slices: Sequence[int]) -> list[Collective]:
+    """The collectives of a program for as many devices as there are numbers of slices.
 
     One that is started, waited for and computed beside stands several times in the text, as one
     chain, and counts once. What a loop does counts as often as the loop runs, which is the
@@ -47,10 +64,12 @@ def collectives(text: str, devices: int) -> list[Collective]:
     def visit(name: str, times: int, loop: str) -> Iterator[tuple[tuple[str, str], Collective]]:
         for line in computations.get(name, ()):
             if found := _OP.search(line):
-                one = _collective(line, found, devices, times, "all-reduce-scatter" in name)
+                one = _collective(line, found, slices, times, "all-reduce-scatter" in name)
                 chain = re.search(r'chain_id="(\d+)"', line)
                 if one.sent:
                     yield (loop, chain[1] if chain else line), one
+            if found := _BETWEEN.search(line):
+                yield (loop, line), _between(line, found, len(set(slices)), times)
             if found := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 runs = times * _trips(computations, found[1], found[2], line)
                 yield from visit(found[2], runs, found[2])
@@ -100,8 +119,8 @@ def _step(body: list[str], index: int) -> int:
     return int(by[1]) if by else 1
 
 
-def _collective(line: str, found: re.Match[str], devices: int, times: int, scattered: bool
-                ) -> Collective:
+def _collective(line: str, found: re.Match[str], slices: Sequence[int], times: int,
+                scattered: bool) -> Collective:
     kind, start = found[1], found[2]
     arrays = _ARRAY.findall(line[line.index(" = "):found.start()])
     if start and kind in ("all-gather", "collective-permute"):  # what goes in, what comes out, …
@@ -110,11 +129,28 @@ def _collective(line: str, found: re.Match[str], devices: int, times: int, scatt
     shapes = tuple(tuple(map(int, filter(None, dims.split(",")))) for _, dims in arrays)
     size = sum(math.prod(shape) * _bits(dtype) / 8
                for (dtype, _), shape in zip(arrays, shapes, strict=True))
-    n = _group(line, devices)
+    groups = _groups(line, len(slices))
+    n = groups.shape[1]
     if scattered:  # a TPU's reduce-scatter: each device goes on with its slice of the sum
         kind, size = "reduce-scatter", size / n
     name = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, shapes, _SENT[kind](size, n), times, name[1] if name else "")
+    sent = _SENT[kind](size, n)
+    over = [len({slices[device] for device in group}) for group in groups]
+    across = (sent * (sum(over) / len(over) - 1) if kind == "collective-permute"
+              else crossing(kind, sent, n, max(over)))
+    return Collective(kind, shapes, sent, times, name[1] if name else "", across)
+
+
+def _between(line: str, found: re.Match[str], slices: int, times: int) -> Collective:
+    """What each device sends to the devices in its place of the other slices."""
+    kind = found[1].lower().replace("_", "-")
+    (dtype, dims), *_ = _ARRAY.findall(line[line.index(" = "):found.start()])
+    shape = tuple(map(int, filter(None, dims.split(","))))
+    size = math.prod(shape) * _bits(dtype) / 8
+    into = {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1)  # of what comes out
+    sent = _SENT.get(kind, _SENT["collective-permute"])(size * into, slices)
+    name = re.search(r'op_name="([^"]*)"', line)
+    return Collective(kind, (shape,), sent, times, name[1] if name else "", sent)
 
 
 def _bits(dtype: str) -> int:
@@ -122,14 +158,27 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else 8
 
 
-def _group(line: str, devices: int) -> int:
-    """How many devices a collective is between; 2 of a permutation."""
+def _groups(line: str, devices: int) -> np.ndarray:
+    """`[groups, devices]`: between which devices a collective is; of a permutation each pair."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] {([^}]*)}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(found[1])
-    if found := re.search(r"replica_groups={{([\d,]+)}", line):
-        return found[1].count(",") + 1
-    return 2 if "source_target_pairs" in line else devices
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        shape, order, own = [], [], []  # an axis may be cut: 'name':(major)size
+        cuts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in
+                re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2])}
+        for name, size in sizes.items():
+            before, part = cuts.get(name, (1, 1))
+            own += [False, name in cuts, False]
+            shape += [before, part, size // before // part]
+        order = [n for n, use in enumerate(own) if not use] + [n for n, u in enumerate(own) if u]
+        grid = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+        return grid.reshape(-1, math.prod(shape[n] for n, use in enumerate(own) if use))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        dims = [int(n) for n in found[3].split(",")]
+        grid = np.arange(math.prod(dims)).reshape(dims)
+        if found[4]:
+            grid = grid.transpose([int(n) for n in found[4].split(",")])
+        return grid.reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"(?:replica_groups|source_target_pairs)={({[\d,{} ]+})}", line):
+        return np.array([[int(n) for n in group.split(",")]
+                         for group in re.findall(r"{([\d, ]+)}", found[1])])
+    return np.arange(devices)[None]

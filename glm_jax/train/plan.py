@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.errors import UserError
-from glm_jax.parallel.mesh import abstract_mesh, make_mesh, use_rules
+from glm_jax.parallel.mesh import abstract_mesh, across_slices, make_mesh, use_rules
 from glm_jax.train import estimate, setup
 from glm_jax.train.chips import Topology
 from glm_jax.train.estimate import Pieces
@@ -50,6 +50,7 @@ class Plan:
       compiled: whether memory and collectives are the compiled program's; else by arithmetic.
       compile_seconds: how long that took.
       sent: by kind of collective, how many run in a step and the bytes that a chip sends in them.
+      across: those of these bytes that go to other slices, or hosts of GPUs.
       flops: of `training_flops`, for a token, the tokens it sees included.
       seconds: that a step takes at each of the chip's peaks: compute, memory, links.
       mfu: in the best case.
@@ -71,6 +72,7 @@ class Plan:
     compiled: bool
     compile_seconds: float
     sent: dict[str, tuple[int, float]]
+    across: float
     flops: float
     seconds: dict[str, float]
     mfu: float
@@ -106,7 +108,7 @@ def mesh_for(config: Any, topology: Topology) -> Mesh | AbstractMesh:
     """
     sizes = setup.mesh_sizes(config)
     if topology.chip.host:
-        mesh: Any = abstract_mesh(sizes, topology.chips)
+        mesh: Any = abstract_mesh(sizes, topology.chips, topology.parts)
     else:
         mesh = make_mesh(sizes, _tpus(topology))
     if mesh.size != topology.chips:
@@ -134,8 +136,8 @@ def _tpus(topology: Topology) -> Any:
                             f"{str(error).splitlines()[0]}") from None
 
 
-def pieces(config: Any, mesh: Any) -> Pieces:
-    """What a run of `config` compiles on this mesh; within `use_rules`."""
+def pieces(config: Any, mesh: Any, slices: int = 1) -> Pieces:
+    """What a run of `config` compiles on this mesh in so many slices; within `use_rules`."""
     setup.check_rows(config, mesh)
     task: Any = setup.make_task(config, None)
     parts = setup.make_parts(config, task.head, task.labels, mesh, None, abstract=True)
@@ -145,7 +147,8 @@ def pieces(config: Any, mesh: Any) -> Pieces:
                        config.optimizer.offload)
     step = make_step(parts.graphdef, parts.trainable, task.loss, optimizer, state,
                      seed=config.seed, accumulate=config.batch.accumulate, ema=config.optimizer.ema)
-    return Pieces(mesh, parts, state, setup.abstract_batch(task, mesh), step)
+    return Pieces(mesh, across_slices(mesh.shape, slices), parts, state,
+                  setup.abstract_batch(task, mesh), step)
 
 
 def make_plan(config: Any, topology: Topology, compiled: bool = True) -> Plan:
@@ -158,11 +161,11 @@ def make_plan(config: Any, topology: Topology, compiled: bool = True) -> Plan:
     if compiled or topology.chip.host:
         mesh: Any = mesh_for(config, topology)
     else:
-        mesh = abstract_mesh(setup.mesh_sizes(config), topology.chips)
+        mesh = abstract_mesh(setup.mesh_sizes(config), topology.chips, topology.parts)
     compiled = compiled and not topology.chip.host
     with use_rules(config.mesh.rules), setup.matmul_precision(config):
         with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
-            made = pieces(config, mesh)
+            made = pieces(config, mesh, topology.parts)
             traced = made.step.trace(made.state, made.parts.frozen, made.batch)
             program = _compile(traced) if compiled else None
         return _plan(config, topology, made, traced, program)
@@ -247,7 +250,7 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
     offloaded = kept if config.model.remat == "offload" else 0.0
     host = offloaded + estimate.held(made.state, on_host=True)
     uses = estimate.uses(config, made, model)
-    sent = _by_kind(estimate.traffic(config, made, model, uses))
+    sent = estimate.traffic(config, made, model, uses)
     if program is None:
         capacity = chip.memory
         temporaries = estimate.temporaries(config, made, model, uses)
@@ -258,23 +261,26 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
         host, capacity = program.host, chip.memory
         temporaries = (program.memory + program.arguments - sum(held.values())
                        - max(kept - offloaded, 0))
-        sent = _by_kind(collectives(program.text, count))
+        sent = collectives(program.text, [getattr(device, "slice_index", 0)
+                                          for device in made.mesh.devices.flat])
     memory = held | {"activations": kept - offloaded, "temporaries": temporaries}
     pairs = tokens * (config.batch.length + 1) / 2
     flops = training_flops(model, by_path(made.parts.trainable))
     total = flops.of(tokens, pairs)
     again = estimate.computes_again(config)
     computed = total + again * estimate.layers_flops(model).of(tokens, pairs)
-    links = chip.links if topology.slices == 1 and not 0 < chip.host < count else chip.network
+    across = sum(one.times * one.across for one in sent)
     seconds = {"compute": computed / count / chip.flops,
                "memory": (estimate.moved(memory, uses, again, config.batch.accumulate)
                           / chip.memory_bandwidth),
-               "links": sum(size for _, size in sent.values()) / links}
+               "links": max(sum(one.times * one.sent for one in sent) / chip.links,
+                            across / chip.network)}
     return Plan(
         str(topology), count, {k: v for k, v in made.mesh.shape.items() if v > 1},
         config.model.remat, config.batch.rows, config.batch.length, capacity, memory,
-        sum(memory.values()), host, program is not None, program.seconds if program else 0.0, sent,
-        total / tokens, seconds, total / count / chip.flops / max(seconds.values()), config.steps,
+        sum(memory.values()), host, program is not None, program.seconds if program else 0.0,
+        _by_kind(sent), across, total / tokens, seconds,
+        total / count / chip.flops / max(seconds.values()), config.steps,
         program.warnings if program else ())
 
 
@@ -356,7 +362,8 @@ def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
 def _least(config: Any, topology: Topology) -> float:
     """Bytes that parameters and optimizer take of a chip."""
     with use_rules(config.mesh.rules):
-        made = pieces(config, abstract_mesh(setup.mesh_sizes(config), topology.chips))
+        mesh = abstract_mesh(setup.mesh_sizes(config), topology.chips, topology.parts)
+        made = pieces(config, mesh, topology.parts)
         return estimate.held(made.state) + estimate.held(made.parts.frozen)
 
 
@@ -401,6 +408,8 @@ def text(plan: Plan) -> str:
     lines += ["", "Sent by a chip in a step"]
     lines += [f"  {kind:22}{size / 1e9:8.2f} GB in {times}" for kind, (times, size) in
               plan.sent.items() if size >= 5e6]
+    if plan.across:
+        lines += [f"  {'by the slow network':22}{plan.across / 1e9:8.2f} GB of it at least"]
     seconds = plan.seconds
     lines += ["", "At best", f"  {'operations a token':22}{plan.flops / 1e9:8.2f} G",
               f"  {'compute':22}{seconds['compute']:8.3f} s a step",

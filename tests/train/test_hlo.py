@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from glm_jax.parallel.mesh import make_mesh
-from glm_jax.train.hlo import collectives
+from glm_jax.train.hlo import _groups, collectives
 
 # As a TPU's compiler writes it: an asynchronous gather in three fusions of a loop of 28, a loop
 # that counts by two, a reduce-scatter in its own fusion, and a permutation that is started.
@@ -71,12 +71,39 @@ to_apply=%add, metadata={op_name="jit(step)/reduce_sum"}
 
 
 def test_loops_chains_and_fusions():
-    found = {(one.kind, one.shapes): (one.sent, one.times) for one in collectives(TEXT, 8)}
+    found = {(one.kind, one.shapes): (one.sent, one.times) for one in collectives(TEXT, [0] * 8)}
     assert found == {
         ("all-reduce", ((),)): (2 * 4 * 7 / 8, 1),
         ("all-gather", ((1, 4096, 64),)): (4096 * 64 * 2 * 7 / 8, 28),
         ("reduce-scatter", ((8, 4096),)): (8 * 4096 * 4 * 7 / 8, 28),
         ("collective-permute", ((4, 8),)): (4 * 8 * 4, 28 * 4)}
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['a'=1,'b'=4] {'b':(1)2}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=1,'b'=4] {'b':(2)2}", [[0, 1], [2, 3]]),
+    ("replica_groups={}", [[0, 1, 2, 3]]),
+    ("source_target_pairs={{0,1},{2,3}}", [[0, 1], [2, 3]])])
+def test_groups(text, wanted):
+    assert _groups(text, 4).tolist() == wanted
+
+
+def test_what_crosses_slices():
+    """With half of the devices in each: of what all get, a seventh of what each sends; a pair's."""
+    found = {one.kind: one for one in collectives(TEXT, [0] * 4 + [1] * 4)}
+    for kind in ("all-reduce", "all-gather", "reduce-scatter"):
+        assert found[kind].across == pytest.approx(found[kind].sent / 7)
+    assert found["collective-permute"].across == 0
+    apart = {one.kind: one for one in collectives(TEXT, [0, 1] * 4)}["collective-permute"]
+    assert apart.across == apart.sent
+    line = "ENTRY %m (a: f32[]) -> f32[] {\n  %x = f32[8,4] all-to-all(%a), replica_groups={}\n}"
+    only, = collectives(line, [0] * 4 + [1] * 4)
+    assert only.across == 8 * 4 * 4 / 2  # half of what each has is for devices of the other
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -91,5 +118,5 @@ def test_a_program_of_this_jax(scanned):
         return jax.lax.scan(body, x, None, length=5)[0] if scanned else body(x, None)[0]
 
     text = jax.jit(total).lower(jnp.zeros((8, 128))).compile().as_text()
-    only, = collectives(text, 8)
+    only, = collectives(text, [0] * 8)
     assert (only.kind, only.sent, only.times) == ("all-reduce", 2 * 512 * 7 / 8, 5 * scanned or 1)

@@ -109,7 +109,39 @@ def test_gpus_by_arithmetic():
     assert not eight.compiled and eight.memory["trained"] == pytest.approx(9.4e9 * 4 / 8, rel=0.01)
     sixteen = make_plan(config, topology("h100:16"))
     assert sixteen.memory["trained"] == pytest.approx(eight.memory["trained"] / 2, rel=0.01)
-    assert sixteen.seconds["links"] > 5 * eight.seconds["links"]  # a host's network is slower
+
+
+@pytest.mark.parametrize(("where", "sizes"), [
+    ("h100:16", {"fsdp": 16}), ("h100:16", {"data": 2, "fsdp": 8}), ("h100:16", {"data": 16}),
+    ("h100:8", {"data": 2, "fsdp": 4}), ("2xv6e:2x2", {"data": 2, "fsdp": 4})])
+def test_what_goes_between_hosts_takes_the_network(where, sizes):
+    """Each device of a host sends its part of what the other host needs, all else goes inside."""
+    on, data = topology(where), sizes.get("data", 1)
+    config = small(**{"batch.rows": 16, "model.config.attention_bias": False} | {
+        f"mesh.{axis}": sizes.get(axis, 1) for axis in ("data", "fsdp")})
+    plan = make_plan(config, on, compiled=False)
+    inside = sum(size for _, size in plan.sent.values()) / on.chip.links
+    if on.parts == 1:
+        assert plan.seconds["links"] == pytest.approx(inside)
+        return
+    summed = plan.sent["all-reduce"][1] if data > 1 else 0
+    gathered = sum(size for _, size in plan.sent.values()) - summed
+    across = summed / (data - 1) if data > 1 else gathered / 15
+    assert plan.across == pytest.approx(across, rel=0.05)  # norms are summed over all devices
+    assert plan.seconds["links"] == max(inside, plan.across / on.chip.network)
+    assert "by the slow network" in text(plan)
+    with pytest.raises(UserError, match="no other axis may reach across slices"):
+        make_plan(small(**{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": on.chips}), on,
+                  compiled=False)
+
+
+def test_a_compiled_step_of_two_slices():
+    """The gradients' sums over `data` alone go between them."""
+    config = small(**{"mesh.data": 2, "mesh.fsdp": 4, "model.config.vocab_size": 64})
+    compiled = make_plan(config, topology("2xv5e:2x2"))
+    by_hand = make_plan(config, topology("2xv5e:2x2"), compiled=False)
+    # Small arrays are padded to tiles; whole gradients would be four times as much.
+    assert compiled.compiled and by_hand.across < compiled.across < 2 * by_hand.across
 
 
 def test_an_abstract_mesh_traces_a_kernel_that_keeps_what_cudnns_does():
