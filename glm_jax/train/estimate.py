@@ -165,12 +165,15 @@ def traffic(config: Any, made: Pieces, model: Any, uses: Sequence[Use]) -> list[
 
 def temporaries(config: Any, made: Pieces, model: Any, uses: Sequence[Use]) -> float:
     """Bytes by estimate: two layers' gathered parameters, one layer's gradients and activations,
-    the gradients of all that trains in float32, a chunk of logits."""
+    the gradients of all that trains in float32, a chunk of logits; with micro-batches what trains
+    in the dtype of computing, which XLA makes once for all of them."""
     mesh, batch = made.mesh, config.batch
     tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"] / batch.accumulate
     gathered = sum(2 * use.size / use.layers for use in uses if use.ways > 1)
     gradients = held(made.state["trainable"]) + sum(
         use.size / use.layers for use in uses if use.trained)
+    if batch.accumulate > 1:
+        gradients += sum(use.size / use.ways for use in uses if use.trained)
     read = model.config
     wide = (4 * read.hidden_size + 3 * getattr(read, "intermediate_size", 4 * read.hidden_size)
             / mesh.shape["tensor"])
