@@ -142,8 +142,8 @@ def _again(query: jax.Array, key: jax.Array, value: jax.Array, dense: jax.Array)
 
 
 def _again_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    *arrays, dense = saved
-    return *jax.vjp(lambda *xs: reference(*xs, dense), *arrays)[1](dy), None
+    query, key, value, dense = saved
+    return *jax.vjp(lambda q, k, v: reference(q, k, v, dense), query, key, value)[1](dy), None
 
 
 _again.defvjp(lambda *args: (reference(*args), args), _again_backward)

@@ -43,9 +43,9 @@ class Compute:
     Attributes:
       kernel: of attention.
       remat: one of `REMAT`: what of a layer is computed again for the derivative in place of being
-        kept. `none`, but for kernels that a mesh gathers; `attention`, its scores and weights; `dots`, all but what linear layers give
-        and attention's kernel; `full`, all but the layer's input; `offload`, as `full`, and that
-        input waits in the host's memory.
+        kept. `none`, but for kernels that a mesh gathers; `attention`, its scores and weights
+        besides; `dots`, all but what linear layers give and attention's kernel; `full`, all but the
+        layer's input; `offload`, as `full`, and that input waits in the host's memory.
     """
 
     kernel: str = "reference"

@@ -132,8 +132,9 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
         if accumulate == 1:
             value, grads = gradient(arrays, frozen, batch, key, weight)
         else:
-            def add(value: jax.Array, part: Any) -> tuple[jax.Array, None]:
-                one, pull = jax.vjp(lambda arrays: total(arrays, frozen, *part, weight), arrays)
+            def add(value: jax.Array, part: tuple[Batch, jax.Array]) -> tuple[jax.Array, None]:
+                pull: Any
+                one, pull = jax.vjp(lambda x: total(x, frozen, part[0], part[1], weight), arrays)
                 pull.with_refs(sums)(jnp.ones_like(one))
                 return value + one, None
             # Every n-th row, so that each micro-batch has rows of every device.
