@@ -26,7 +26,8 @@ class Adapter(Protocol):
         """`[..., in]` to `[..., out]`: what the layer computes in place of `x kernel`.
 
         `key` draws the dropout; none without. `product` multiplies rows with matrices that have a
-        leading axis of experts; then `kernel` and the adapter's own parameters have it.
+        leading axis of experts; then `kernel` and the adapter's own parameters have it, and `key`
+        is one for each row.
         """
 
     def merged(self, kernel: jax.Array) -> jax.Array:

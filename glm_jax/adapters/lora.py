@@ -199,12 +199,13 @@ def _over_tokens(thin: jax.Array, wide: jax.Array, dtype: Any) -> jax.Array:
 
 
 def dropout_mask(key: jax.Array, shape: Sequence[int], rate: float) -> jax.Array:
-    """A bool array, False with probability `rate`, to 1/65536.
+    """A bool array, False with probability `rate`, to 1/65536; `key` is one, or one for each row.
 
     Two values from each random word: the generator is what dropout costs on a CPU.
     """
     half = (shape[-1] + 1) // 2
-    words = jax.random.bits(key, (*shape[:-1], half), jnp.uint32)
+    draw = functools.partial(jax.random.bits, shape=(*shape[key.ndim:-1], half), dtype=jnp.uint32)
+    words = jax.vmap(draw)(key) if key.ndim else draw(key)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*shape[:-1], 2 * half)
     return halves[..., :shape[-1]] >= round(rate * 2**16)
 

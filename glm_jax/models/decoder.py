@@ -180,8 +180,12 @@ class MoE(nnx.Module):
         weights, experts = self.gate(x)
         graphdef, state = nnx.split(self.experts)
 
-        def run(state: Any, keys: Any, rows: jax.Array, product: Product) -> jax.Array:
-            return nnx.merge(graphdef, state)(rows, product, keys)
+        def run(state: Any, keys: Any, rows: jax.Array, product: Product, numbers: jax.Array
+                ) -> jax.Array:
+            # A key for each row: which rows lie beside it depends on the mesh.
+            own = [None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+                   for key in keys]
+            return nnx.merge(graphdef, state)(rows, product, own)
 
         count = self.gate.kernel.get_value().shape[-1]
         routed = over_mesh(run, x, weights, experts, state, count, keys[:3])

@@ -25,6 +25,17 @@ KEPT: dict[str, Any] = {
 REMAT = ("none", "attention", *KEPT)
 
 
+def _but_gathered(prim: Any, *avals: Any, **_: Any) -> bool:
+    """Whether what a primitive gives is kept where all is but kernels as layers compute with them.
+
+    These are cast and gathered from where they lie: kept, they would be the whole model on each
+    device. A kernel has up to three axes, attention's scores have more.
+    """
+    if prim.name == "convert_element_type":
+        return bool(avals[0].ndim > 3)
+    return bool(prim.name != "sharding_constraint")
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """Every model has one as its attribute `compute`; results don't depend on it, but for rounding.
@@ -32,9 +43,9 @@ class Compute:
     Attributes:
       kernel: of attention.
       remat: one of `REMAT`: what of a layer is computed again for the derivative in place of being
-        kept. `none`; `attention`, its scores and weights; `dots`, all but what linear layers give
-        and attention's kernel; `full`, all but the layer's input; `offload`, as `full`, and that
-        input waits in the host's memory.
+        kept. `none`, but for kernels that a mesh gathers; `attention`, its scores and weights
+        besides; `dots`, all but what linear layers give and attention's kernel; `full`, all but the
+        layer's input; `offload`, as `full`, and that input waits in the host's memory.
     """
 
     kernel: str = "reference"
@@ -42,10 +53,12 @@ class Compute:
 
     def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""
-        if self.remat not in KEPT:
+        mesh = jax.sharding.get_abstract_mesh()
+        if self.remat not in KEPT and (mesh.empty or mesh.size == 1):
             return body
         return jax.checkpoint(lambda x, inputs: body(checkpoint_name(x, LAYER_INPUT), inputs),
-                              policy=KEPT[self.remat], prevent_cse=False)  # a loop prevents it
+                              policy=KEPT.get(self.remat, _but_gathered),
+                              prevent_cse=False)  # a loop prevents it
 
 
 PLAIN = Compute()

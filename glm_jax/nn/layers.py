@@ -195,7 +195,22 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
            and compute.remat == "none")  # XLA would undo what is computed again outside of a loop
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        return call(nnx.merge(graphdef, inputs[0]), x, *inputs[1:])
+        own = inputs[0] if mesh.empty or mesh.size == 1 else jax.tree.map(_summed, inputs[0])
+        return call(nnx.merge(graphdef, own), x, *inputs[1:])
 
     return jax.lax.scan(compute.layer(body), x, (state, *per_layer),
                         unroll=count if few else 1)
+
+
+@jax.custom_vjp
+def _summed(parameter: jax.Array) -> jax.Array:
+    """As it is; its gradient is summed over devices before it leaves the layer.
+
+    Where gradients of micro-batches add up, XLA would sum those of all layers at once after the
+    loop, and hold two whole gradients more.
+    """
+    return parameter
+
+
+_summed.defvjp(lambda parameter: (parameter, None),
+               lambda _, gradient: (jax.lax.optimization_barrier(gradient),))

@@ -66,15 +66,18 @@ class Layout(NamedTuple):
 
 
 def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, count: int,
-             run: Callable[[jax.Array, Product], jax.Array]) -> jax.Array:
+             run: Callable[[jax.Array, Product, jax.Array], jax.Array], numbers: jax.Array
+             ) -> jax.Array:
     """The weighted sum over each token's experts of what `run` makes of the token.
 
     Args:
       x: `[tokens, hidden]`.
       weights, experts: `[tokens, k]`; choices outside of 0 … count - 1 add nothing.
       count: how many experts there are here.
-      run: from rows `[rows, hidden]` and `product(rows [rows, in], kernels [count, in, out])`,
-        which multiplies each row with its expert's kernel, to `[rows, hidden]`.
+      run: from rows `[rows, hidden]`, `product(rows [rows, in], kernels [count, in, out])`, which
+        multiplies each row with its expert's kernel, and numbers `[rows]` int32 to
+        `[rows, hidden]`. The numbers are of a token's n-th choice, wherever its row lies.
+      numbers: `[tokens]` int32, of each token among those of all devices.
 
     Returns:
       `[tokens, hidden]` in the dtype of `x`.
@@ -92,11 +95,13 @@ def dispatch(x: jax.Array, weights: jax.Array, experts: jax.Array, count: int,
         .get(mode="fill", fill_value=0))
     begins = ((ends - needed) * block).at[flat].get(mode="fill", fill_value=blocks * block)
     row = jnp.where(flat < count, begins + ranks, blocks * block)
-    token = jnp.full(blocks * block, tokens).at[row].set(jnp.arange(tokens * k) // k, mode="drop")
+    choice = jnp.full(blocks * block, tokens * k).at[row].set(jnp.arange(tokens * k), mode="drop")
     expert = jnp.sum(ends <= jnp.arange(blocks)[:, None], axis=1, dtype=jnp.int32)
     layout = Layout(block, jnp.minimum(expert, count - 1), ends[-1], needed * block)
-    rows = x.at[token].get(mode="fill", fill_value=0)
-    out = run(rows, functools.partial(grouped, layout))
+    rows = x.at[choice // k].get(mode="fill", fill_value=0)
+    named = (numbers[:, None] * k + jnp.arange(k)).reshape(-1)
+    out = run(rows, functools.partial(grouped, layout),
+              named.at[choice].get(mode="fill", fill_value=0))
     back = out.at[row].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
     return jnp.einsum("tkh,tk->th", back.astype(jnp.float32), weights).astype(x.dtype)
 
@@ -186,24 +191,26 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
     features is split, over `tensor`, it is `dispatch`.
 
     Args:
-      run: `run(state, common, rows, product)`, as in `dispatch`, for the experts of a state.
+      run: `run(state, common, rows, product, numbers)`, as in `dispatch`, for the experts of a
+        state.
       x: `[batch, length, hidden]`; weights, experts: `[batch, length, k]`.
       state: arrays `[count, …]`; common: whatever all devices need alike.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
     def local(x: jax.Array, weights: jax.Array, experts: jax.Array, numbers: jax.Array,
-              state: Any, common: Any) -> jax.Array:
+              own: jax.Array, state: Any, common: Any) -> jax.Array:
         k = weights.shape[-1]
         out = dispatch(x.reshape(-1, x.shape[-1]), weights.reshape(-1, k),
-                       experts.reshape(-1, k) - numbers[0], len(numbers),
-                       functools.partial(run, state, common))
+                       experts.reshape(-1, k) - own[0], len(own),
+                       functools.partial(run, state, common), numbers.reshape(-1))
         return out.reshape(x.shape)
 
-    numbers = jnp.arange(count)
+    numbers = jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(x.shape[:2])
+    args = x, weights, experts, numbers, jnp.arange(count), state, common
     manual = {name for name, size in mesh.shape.items() if name != "tensor" and size > 1}
     if not manual:  # XLA fails on a region that is manual in axes of one device only
-        return local(x, weights, experts, numbers, state, common)
+        return local(*args)
     tokens = partition(("batch", "length", None), x.shape, mesh.shape)
     split = partition(("experts",), (count,), mesh.shape)
 
@@ -214,8 +221,8 @@ def over_mesh(run: Callable[..., jax.Array], x: jax.Array, weights: jax.Array,
             return local(*args)
         if not apart:
             return jax.lax.psum(local(*args), "expert")
-        own = [jax.lax.all_gather(part, "expert", tiled=True) for part in args[:3]]
-        return jax.lax.psum_scatter(local(*own, *args[3:]), "expert", tiled=True)
-    specs = (tokens, tokens, tokens, split, split, PartitionSpec())
+        own = [jax.lax.all_gather(part, "expert", tiled=True) for part in args[:4]]
+        return jax.lax.psum_scatter(local(*own, *args[4:]), "expert", tiled=True)
+    specs = (tokens, tokens, tokens, PartitionSpec(*tokens[:2]), split, split, PartitionSpec())
     return jax.shard_map(summed, in_specs=specs, out_specs=tokens, axis_names=manual,
-                         check_vma=False)(x, weights, experts, numbers, state, common)
+                         check_vma=False)(*args)

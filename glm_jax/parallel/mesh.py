@@ -243,7 +243,8 @@ def _gather(whole: PartitionSpec, lies: PartitionSpec, x: jax.Array) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, whole)
 
 
-_gather.defvjp(lambda whole, lies, x: (_gather(whole, lies, x), None),
+# Not by `_gather` itself: what a layer keeps (`nn.compute`) is chosen by primitive.
+_gather.defvjp(lambda whole, lies, x: (jax.lax.with_sharding_constraint(x, whole), None),
                lambda whole, lies, _, dx: (jax.lax.with_sharding_constraint(dx, lies),))
 
 

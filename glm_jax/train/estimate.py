@@ -56,17 +56,15 @@ def held(tree: Any, on_host: bool = False) -> float:
 def kept(jaxpr: Any, made: Pieces, model: Any, tokens: int) -> float:
     """Bytes on each device of what loops of the forward pass stack up for the derivative.
 
-    All of it is split as tokens are, features other than the hidden state's on `tensor` too; but
-    kernels, where these are kept, lie as layers compute with them.
+    All of it is split as tokens are, features other than the hidden state's on `tensor` too.
     """
     mesh, size = made.mesh, 0.0
-    kernels = {p.get_value().shape[1:] for p in flat(model).values()}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"] and (
                 equation.params["num_carry"]):  # the optimizer's maps over layers carry nothing
             for out in equation.outvars[equation.params["num_carry"]:]:
                 shape, ways = out.aval.shape[1:], 1
-                if shape not in kernels and out.aval.size >= tokens:
+                if out.aval.size >= tokens:
                     ways = data_ways(mesh) * mesh.shape["sequence"]
                 if shape and shape[-1] not in (1, getattr(model.config, "hidden_size", 1)):
                     ways *= mesh.shape["tensor"]
@@ -172,12 +170,15 @@ def traffic(config: Any, made: Pieces, model: Any, uses: Sequence[Use]) -> list[
 
 def temporaries(config: Any, made: Pieces, model: Any, uses: Sequence[Use]) -> float:
     """Bytes by estimate: two layers' gathered parameters, one layer's gradients and activations,
-    the gradients of all that trains in float32, a chunk of logits."""
+    the gradients of all that trains in float32, a chunk of logits; with micro-batches what trains
+    in the dtype of computing, which XLA makes once for all of them."""
     mesh, batch = made.mesh, config.batch
     tokens = batch.rows * batch.length / data_ways(mesh) / mesh.shape["sequence"] / batch.accumulate
     gathered = sum(2 * use.size / use.layers for use in uses if use.ways > 1)
     gradients = held(made.state["trainable"]) + sum(
         use.size / use.layers for use in uses if use.trained)
+    if batch.accumulate > 1:
+        gradients += sum(use.size / use.ways for use in uses if use.trained)
     read = model.config
     wide = (4 * read.hidden_size + 3 * getattr(read, "intermediate_size", 4 * read.hidden_size)
             / mesh.shape["tensor"])

@@ -101,8 +101,9 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
     """Builds `step(state, frozen, batch) -> (state, metrics)`; `state` is donated.
 
     Only the trainable parameters are differentiated. With `accumulate` the rows of a batch are
-    taken in so many micro-batches; the loss is the mean over the weights of the whole batch. A
-    loss or gradient that is not finite leaves the parameters as they are and is counted.
+    taken in so many micro-batches; the loss is the mean over the weights of the whole batch, and
+    each layer's gradient is added where the sum lies: there is one gradient, not two. A loss or
+    gradient that is not finite leaves the parameters as they are and is counted.
 
     Args:
       graphdef, trainable: of the model's partition; of `trainable` only the structure.
@@ -131,13 +132,17 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
         if accumulate == 1:
             value, grads = gradient(arrays, frozen, batch, key, weight)
         else:
-            def add(carry: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, gradient(arrays, frozen, *part, weight)), None
+            def add(value: jax.Array, part: tuple[Batch, jax.Array]) -> tuple[jax.Array, None]:
+                pull: Any
+                one, pull = jax.vjp(lambda x: total(x, frozen, part[0], part[1], weight), arrays)
+                pull.with_refs(sums)(jnp.ones_like(one))
+                return value + one, None
             # Every n-th row, so that each micro-batch has rows of every device.
             micro = jax.tree.map(
                 lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, arrays))
-            (value, grads), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
+            sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), arrays)
+            value, _ = jax.lax.scan(add, jnp.float32(0), (micro, jax.random.split(key, accumulate)))
+            grads = jax.tree.map(jax.freeze, sums)
         norm = optax.global_norm(grads)
         fine = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = update(grads, state["optimizer"], arrays, fine=fine)

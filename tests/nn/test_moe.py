@@ -24,7 +24,8 @@ WEIGHTS = jnp.abs(draw(TOKENS, K))
 
 def sparse(x, weights, up, down, first=0, count=EXPERTS):
     return moe.dispatch(x, weights, CHOSEN - first, count,
-                        lambda rows, product: product(jnp.tanh(product(rows, up)), down))
+                        lambda rows, product, _: product(jnp.tanh(product(rows, up)), down),
+                        jnp.arange(TOKENS))
 
 
 def dense(x, weights, up, down, first=0, count=EXPERTS):

@@ -70,6 +70,19 @@ def test_the_state_is_donated(program):
     assert header.count("-alias)") == len(jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 4}], ids=lambda mesh: next(iter(mesh)))
+def test_micro_batches_hold_one_gradient(mesh):
+    """Their sum, 4 bytes a parameter, and what is computed with, 2: no second gradient."""
+    config = small(**{"batch.rows": 16, "batch.length": 32, "batch.accumulate": 4,
+                      "mesh.fsdp": mesh.get("fsdp", 1), "mesh.data": mesh.get("data", 1)})
+    config.model.config.update(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16,
+                               num_attention_heads=8, head_dim=64, vocab_size=2048)
+    plan, by_hand = (make_plan(config, topology("v5e:2x2"), compiled=c) for c in (True, False))
+    parameters = plan.memory["trained"] / 4
+    assert 4 < plan.memory["temporaries"] / parameters < 8
+    assert plan.memory["temporaries"] < 1.05 * by_hand.memory["temporaries"]
+
+
 def test_what_is_offloaded_is_the_hosts():
     here, there = (make_plan(small(**{"optimizer.offload": offload}), topology("h100:4"))
                    for offload in (False, True))
