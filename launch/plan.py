@@ -28,11 +28,17 @@ flags.DEFINE_string("json", None, "a file to write the plan into; '-' prints it 
 
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it only compiles
+    from glm_jax.errors import UserError
     from glm_jax.files import write_json_atomic
     from glm_jax.train.chips import topology
     from glm_jax.train.plan import advised, make_plan, search, table, text
 
     where = topology(FLAGS.topology)
+    if FLAGS.json and FLAGS.json != "-":  # before it compiles for minutes
+        out = Path(FLAGS.json)
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise UserError(f"--json={out}: a file is wanted, in a folder that is there and that "
+                            "can be written into")
     if FLAGS.search:
         plans = search(FLAGS.config, where, FLAGS.tries)
         shown, found = table(plans), {"plans": [plan.to_dict() for plan in plans]}

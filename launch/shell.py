@@ -1,5 +1,6 @@
 """Commands of other programs: each is printed as a shell takes it, and run unless `--dry-run`."""
 
+import re
 import shlex
 import subprocess
 
@@ -35,6 +36,12 @@ def _show(command: tuple[str, ...], stdin: str = "") -> None:
     print(shlex.join(command), end=" <<'EOF'\n" if stdin else "\n", flush=True)
     if stdin:
         print(f"{stdin}EOF", flush=True)
+
+
+def check_name(name: str) -> None:
+    """Raises a UserError for what neither Google Cloud nor Kubernetes takes as a name."""
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+        raise UserError(f"--name={name}: at most 40 of a-z, 0-9 and -, from a letter on")
 
 
 def step_and_job(known: str) -> tuple[str, list[str]]:

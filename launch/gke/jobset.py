@@ -45,16 +45,16 @@ ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "
 
 def manifest(job: list[str]) -> str:
     """jobset.yaml, filled."""
-    if not re.fullmatch(r"\d+(x\d+){1,2}", TOPOLOGY.value):
-        raise UserError(f"--topology={TOPOLOGY.value}: sizes are wanted, as 4x4 or 2x2x4")
+    sides = 3 if TPU.value in ("v4", "v5p") else 2
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * sides), TOPOLOGY.value):
+        raise UserError(f"--topology={TOPOLOGY.value}: a slice of --tpu={TPU.value} has {sides} "
+                        f"sides, such as {'x'.join('4' * sides)}")
     chips = math.prod(map(int, TOPOLOGY.value.split("x")))
     if chips % HOST_CHIPS.value:
         raise UserError(f"--topology={TOPOLOGY.value}: {chips} chips are no multiple of "
                         f"--host-chips={HOST_CHIPS.value}")
     if not CLAIM.value:
         raise UserError("--claim is wanted: all hosts share the run folder")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", NAME.value):
-        raise UserError(f"--name={NAME.value}: at most 40 of a-z, 0-9 and -, from a letter on")
     template = Template(Path(__file__).with_name("jobset.yaml").read_text(encoding="utf-8"))
     spot = {"cloud.google.com/gke-spot": "true"} if SPOT.value else {}
     words = ["python", "launch/train.py", "--cluster", *job]
@@ -76,6 +76,7 @@ def image() -> str:
 
 def main() -> None:
     step, job = shell.step_and_job("build start logs delete")
+    shell.check_name(NAME.value)
     if step == "build":
         shell.run("docker", "build", f"--file={ROOT / 'launch/gke/Dockerfile'}",
                   f"--tag={image()}", str(ROOT))

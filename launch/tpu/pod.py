@@ -15,6 +15,7 @@ https://cloud.google.com/tpu/docs/queued-resources, /tpu/docs/jax-pods, /tpu/doc
 /sdk/gcloud/reference/compute/tpus/queued-resources/create, /filestore/docs/mounting-fileshares
 """
 
+import re
 import shlex
 import sys
 import time
@@ -61,10 +62,28 @@ def state() -> str:
                              "--format=value(state.state)"))
 
 
+def check_type() -> str:
+    """The kind of `--type`; raises a UserError where it is none."""
+    kind, _, size = TYPE.value.partition("-")
+    if kind not in RUNTIMES or not re.fullmatch(r"[1-9]\d*", size):
+        raise UserError(f"--type={TYPE.value}: one of {', '.join(RUNTIMES)} and a size, as in "
+                        "v6e-16")
+    return kind
+
+
+def check_flags() -> None:
+    """Raises a UserError for a flag that gcloud or a worker's shell would trip over."""
+    shell.check_name(NAME.value)
+    for flag in (ZONE, PROJECT):
+        if not re.fullmatch(r"[a-z][-a-z0-9.:]*" if flag.value or flag is ZONE else "", flag.value):
+            raise UserError(f"--{flag.name}={flag.value}: Google Cloud has no such name; a zone is "
+                            "such as us-east5-b, a project such as my-project")
+    if SHARE.value and not re.fullmatch(r"[^\s:/]+:/\S*", SHARE.value):
+        raise UserError(f"--share={SHARE.value}: server:/path is wanted, such as 10.0.0.2:/runs")
+
+
 def create() -> None:
-    kind = TYPE.value.partition("-")[0]
-    if kind not in RUNTIMES:
-        raise UserError(f"--type={TYPE.value}: it begins with {', '.join(RUNTIMES)}, as in v6e-16")
+    kind = check_type()
     shell.run(*gcloud("queued-resources", "create", NAME.value, f"--node-id={NAME.value}",
                       f"--accelerator-type={TYPE.value}", f"--runtime-version={RUNTIMES[kind]}",
                       *["--spot"] * SPOT.value))
@@ -101,6 +120,7 @@ def delete() -> None:
 
 def main() -> None:
     step, job = shell.step_and_job("create install start logs stop resume delete")
+    check_flags()
     if step == "create":
         create()
     elif step == "install":
@@ -113,6 +133,7 @@ def main() -> None:
         shell.run(*on("0", 'kill -TERM "$(cat job.pid)"'))
     elif step == "resume":
         if state() != "ACTIVE":
+            check_type()  # before anything is deleted
             delete()
             create()
             install()
