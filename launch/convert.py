@@ -124,7 +124,7 @@ def _from_run(size: int) -> None:
     from glm_jax.train.export import model_files
     from glm_jax.train.load import last_logits, load_trained
 
-    mesh = make_mesh({})
+    mesh = make_mesh({"fsdp": -1})
     trained = load_trained(MODEL.value, mesh, STEP.value, "float32")
     adapted = trained.lora_config is not None
     to = TO.value or ("merged" if adapted else "hf")

@@ -74,6 +74,22 @@ def flags_of_processes() -> None:
                          "after which a process counts as dead and the others end", lower_bound=2)
 
 
+def flag_of_mesh() -> None:
+    """Defines what `on_mesh` reads."""
+    flags.DEFINE_string("mesh", "", "where the model lies: sizes by axis, such as fsdp=4,tensor=2; "
+                        "by default as its run's, or in as many parts as there are devices")
+
+
+@contextlib.contextmanager
+def on_mesh(folder: str, default: str = "fsdp") -> Iterator[Any]:
+    """The mesh for the model of a folder; within, the rules of its run hold."""
+    from glm_jax.parallel.mesh import use_rules
+    from glm_jax.train.load import mesh_for
+    mesh, rules = mesh_for(folder, FLAGS.mesh, default)
+    with use_rules(rules):
+        yield mesh
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Within: one of several processes, where the flags say so; the first one alone speaks."""

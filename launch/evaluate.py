@@ -9,6 +9,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,6 +19,7 @@ from glm_jax.parallel import processes
 from launch import door
 
 door.flags_of_processes()
+door.flag_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of data that has any")
@@ -28,16 +30,15 @@ JSON = flags.DEFINE_string("json", "", "also write the figures to this file")
 
 
 def main() -> None:
-    with door.joined():
-        measure()
+    with door.joined(), door.on_mesh(MODEL.value) as mesh:
+        measure(mesh)
 
 
-def measure() -> None:
+def measure(mesh: Any) -> None:
     from glm_jax.data.records import load_records
     from glm_jax.data.split import pick
     from glm_jax.errors import UserError
     from glm_jax.files import write_json_atomic
-    from glm_jax.parallel.mesh import make_mesh
     from glm_jax.tasks.classification import NOT_FINITE, check_labels
     from glm_jax.train.load import classifier, load_trained
     from glm_jax.train.report import result_table
@@ -46,7 +47,6 @@ def measure() -> None:
         raise UserError(f"--json={JSON.value}: there is no folder {Path(JSON.value).parent}")
     if JSON.value and Path(JSON.value).is_dir():
         raise UserError(f"--json={JSON.value}: a folder, not a file")
-    mesh = make_mesh({})
     trained = load_trained(MODEL.value, mesh, STEP.value)
     if DATA.value:
         columns = (door.column(TEXT.value, trained, "text"),

@@ -21,6 +21,7 @@ from absl import flags
 
 from launch import door
 
+door.flag_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a model, a run folder or an adapter", required=True)
 ADAPTER = flags.DEFINE_string("adapter", None, "a PEFT folder to put on top of --model")
 FILE = flags.DEFINE_string("file", "", "a file of prompts")
@@ -64,16 +65,15 @@ def read_items(path: str) -> list[tuple[dict[str, Any], str]]:
     return items
 
 
-def load() -> Any:
+def load(mesh: Any) -> Any:
     """The model with its tokenizer and settings."""
     from glm_jax.adapters.peft import load_adapter
     from glm_jax.infer.generate import Room
     from glm_jax.infer.text import Speaker, settings
-    from glm_jax.parallel.mesh import make_mesh
     from glm_jax.train.load import load_trained
 
     how = settings(MODEL.value, {name: flag.value for name, flag in HOW.items()})
-    trained = load_trained(MODEL.value, make_mesh({}), dtype=DTYPE.value)
+    trained = load_trained(MODEL.value, mesh, dtype=DTYPE.value)
     if ADAPTER.value:
         load_adapter(trained.model, ADAPTER.value)
     return Speaker(trained.model, trained.tokenizer, how, SEED.value,
@@ -162,7 +162,12 @@ def main() -> None:
         items = [({"prompt": text}, "") for text in split_texts(door.read_stdin())]
     if not items and not terminal:
         raise UserError("no prompt: give one as an argument, --file, or standard input")
-    speaker = load()
+    with door.on_mesh(MODEL.value, "tensor") as mesh:  # a token's step then gathers no parameters
+        reply(load(mesh), items, terminal)
+
+
+def reply(speaker: Any, items: list[tuple[dict[str, Any], str]], terminal: bool) -> None:
+    """Answers what was asked, or talks at the terminal."""
     if not terminal:
         answer(speaker, items)
         return

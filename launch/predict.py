@@ -9,6 +9,7 @@ A .csv, .tsv, .jsonl or .parquet file is read by its column (--text); any other 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,6 +17,7 @@ from absl import flags
 
 from launch import door
 
+door.flag_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 FILE = flags.DEFINE_string("file", "", "a file of texts")
 TEXT = flags.DEFINE_string("text", None, "column of the texts in --file; the run's own by default")
@@ -23,17 +25,22 @@ JSONL = flags.DEFINE_bool("jsonl", False, "one JSON object a line: text, label, 
 
 
 def main() -> None:
-    from glm_jax.data.records import read_texts, split_texts
+    from glm_jax.data.records import split_texts
     from glm_jax.errors import UserError
-    from glm_jax.parallel.mesh import make_mesh
-    from glm_jax.train.load import classifier, load_trained
 
     texts = door.arguments()
     if not texts and not FILE.value:
         texts = split_texts(door.read_stdin())
     if not texts and not FILE.value:
         raise UserError("no text: give one as an argument, --file, or standard input")
-    mesh = make_mesh({})
+    with door.on_mesh(MODEL.value) as mesh:
+        answer(texts, mesh)
+
+
+def answer(texts: list[str], mesh: Any) -> None:
+    from glm_jax.data.records import read_texts
+    from glm_jax.train.load import classifier, load_trained
+
     trained = load_trained(MODEL.value, mesh)
     if FILE.value:
         texts += read_texts(FILE.value, door.column(TEXT.value, trained, "text"))

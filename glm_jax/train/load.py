@@ -1,9 +1,11 @@
 """A trained model from whatever a user has: a run folder, a PEFT adapter, a Hugging Face folder."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -16,6 +18,7 @@ from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.records import Example, load_records
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
+from glm_jax.parallel.mesh import Rules, make_mesh
 from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
 from glm_jax.train import setup
@@ -75,6 +78,32 @@ class Trained(NamedTuple):
         texts = [example.text for example in records[:count]]
         return [np.asarray(ids, np.int32)
                 for ids in self.tokenizer.encode_batch(texts, length=self.shape.length)]
+
+
+def mesh_for(folder: str | Path, asked: str = "", default: str = "fsdp") -> tuple[Mesh, Rules]:
+    """The mesh for the model of a folder, and the rules of its run: so that it need not fit on one.
+
+    Args:
+      asked: sizes by axis, `fsdp=4,tensor=2`; where there are none those of the run, if these take
+        all devices that are here, else all of them on the axis `default`.
+
+    Raises:
+      UserError: for sizes that make no mesh here.
+    """
+    config, rules, own = Path(folder) / "config.json", {}, {}
+    if config.is_file() and "identity" in (raw := read_json(config)):
+        of_run = ConfigDict(raw["config"])
+        own, rules = setup.mesh_sizes(of_run), of_run.mesh.rules.to_dict()
+    if asked:
+        parts = [part.partition("=") for part in asked.split(",")]
+        if not all(size.strip().lstrip("-").isdecimal() for _, _, size in parts):
+            raise UserError(f"--mesh={asked}: sizes by axis are wanted, such as fsdp=4,tensor=2")
+        return make_mesh({axis.strip(): int(size) for axis, _, size in parts}), rules
+    with contextlib.suppress(UserError):  # it was trained on more devices, or on others
+        mesh = make_mesh(own)
+        if own and mesh.size == jax.device_count():
+            return mesh, rules
+    return make_mesh({default: -1}), rules
 
 
 def classifier(trained: Trained, mesh: Mesh) -> tuple[Classification, Run]:

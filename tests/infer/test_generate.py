@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from glm_jax.errors import UserError
+from glm_jax.infer import generate as module
 from glm_jax.infer.cache import bucket
 from glm_jax.infer.generate import Room, Stop, begin, decode, generate, prefill, step, stream
 from glm_jax.infer.sampling import Sampling
@@ -211,11 +213,21 @@ def test_experts_in_no_layer(tiny):
     assert recomputed(model, TOKENS[0], 3) == out.tokens[0].tolist()
 
 
-def test_on_a_mesh(tiny):
-    spread = tiny(mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+def test_on_a_mesh(tiny, monkeypatch):
+    """The cache stays where it begins: rows on the data axes, heads on `tensor`."""
+    spread, places, decode = tiny(mesh=make_mesh({"fsdp": 4, "tensor": 2})), [], module.decode
+
+    def watched(graphdef, state, loop, *rest):
+        places.append([part.sharding.spec for part in (loop.cache.keys, loop.cache.values)])
+        out = decode(graphdef, state, loop, *rest)
+        places.append([part.sharding.spec for part in (out.cache.keys, out.cache.values)])
+        return out
     tokens = np.concatenate((TOKENS, TOKENS[:1]))
+    wanted = generate(tiny(), tokens, max_new_tokens=6).tokens
+    monkeypatch.setattr(module, "decode", watched)
     out = generate(spread, tokens, max_new_tokens=6).tokens
-    np.testing.assert_array_equal(out, generate(tiny(), tokens, max_new_tokens=6).tokens)
+    np.testing.assert_array_equal(out, wanted)
+    assert places == 2 * [2 * [PartitionSpec(None, "fsdp", None, "tensor")]]
 
 
 def test_buckets_are_few_and_near():

@@ -1,13 +1,14 @@
 """A trained model from a run folder, an adapter or a Hugging Face folder: the same predictions."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 from glm_jax.errors import UserError
-from glm_jax.parallel.mesh import make_mesh
-from glm_jax.train.load import classifier, last_logits, load_trained
+from glm_jax.parallel.mesh import make_mesh, use_rules
+from glm_jax.train.load import classifier, last_logits, load_trained, mesh_for
 from glm_jax.train.loop import train
 
 TEXTS = ["房间喜欢,早餐满意", "电梯糟糕", "好"]
@@ -47,6 +48,44 @@ def test_a_run_and_its_adapter(run, mesh, base, monkeypatch):
                                atol=1e-6)
     with pytest.raises(UserError, match="no checkpoint '3'"):
         load_trained(folder, mesh, step=3)
+
+
+@pytest.mark.parametrize(("asked", "default", "sizes"), [
+    ("", "fsdp", {"fsdp": 4, "tensor": 2}),  # as its run
+    ("fsdp=2, tensor=2", "fsdp", {"fsdp": 2, "tensor": 2}),
+    ("data=-1", "fsdp", {"data": 8})])
+def test_a_run_on_many_devices(run, mesh, asked, default, sizes):
+    """Its parameters lie in parts on its own mesh, or one that is asked for; the answers stay."""
+    folder = run(**{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "batch.rows": 8,
+                    "mesh.rules": {"heads": None}})
+    there, rules = mesh_for(folder, asked, default)
+    assert {axis: size for axis, size in there.shape.items() if size > 1} == sizes
+    assert rules == {"heads": None}
+    with use_rules(rules):
+        trained, spread = predict(folder, there)
+        task, function = classifier(trained, there)
+        np.testing.assert_allclose(task.probabilities(function, TEXTS), spread, atol=1e-6)
+    np.testing.assert_allclose(spread, predict(folder, mesh)[1], atol=1e-5)
+    kernel = trained.model.layers.mlp.down_proj.kernel.get_value()
+    assert kernel.addressable_shards[0].data.size * (
+        sizes.get("fsdp", 1) * sizes.get("tensor", 1)) == kernel.size
+    query = trained.model.layers.self_attn.q_proj.kernel.get_value()
+    assert query.sharding.spec[2] is None  # by the run's rules, whose heads lie whole
+
+
+def test_meshes_of_other_folders(base, tmp_path):
+    """No run's, or a run's on other devices: in as many parts as there are devices."""
+    assert mesh_for(base)[0].shape["fsdp"] == mesh_for(base, default="tensor")[0].shape["tensor"]
+    (tmp_path / "config.json").write_text(json.dumps({"identity": {}, "config": {
+        "mesh": {"data": 1, "fsdp": 64, "cpu_devices": 0, "rules": {}}}}))
+    assert mesh_for(tmp_path)[0].shape["fsdp"] == 8
+    for asked in ("fsdp", "fsdp=", "fsdp=two", "4", "fsdp=2;tensor=2"):
+        with pytest.raises(UserError, match=r"sizes by axis are wanted, such as fsdp=4,tensor=2"):
+            mesh_for(base, asked)
+    for asked, message in (("fdsp=2", "unknown axis 'fdsp'"), ("fsdp=16", "needs 16 devices"),
+                           ("fsdp=0", "must be positive")):
+        with pytest.raises(UserError, match=message):
+            mesh_for(base, asked)
 
 
 @pytest.mark.parametrize("variant", ["full", "conv-rnn"])
