@@ -115,6 +115,25 @@ def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, bas
         assert here == pytest.approx(there, rel=1e-5)
 
 
+def test_questions_and_answers_in_two_processes(pod, door, base, tmp_path):
+    """The losses of one process with one device, on dev too, whose rows end unevenly."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "房间早餐床"[n % 5] * (1 + n % 4),
+                                        "response": "干净周到差"[n % 4:] * (1 + n % 3)},
+                                       ensure_ascii=False) + "\n" for n in range(90)))
+    command = ["train", "--config=configs/chat.py:smoke", f"--config.model.path={base}",
+               f"--config.task.train={file}", "--config.steps=4", "--config.eval.every=2",
+               "--config.batch.length=24"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert [result.code for result in pod(2, *command, *TWO, f"--workdir={two}")] == [0, 0]
+    result = door(*command, f"--workdir={one}")
+    assert result.code == 0, result.err
+    assert [set(row) for row in rows(one)] == [set(row) for row in rows(two)]
+    assert sum("eval/loss" in row for row in rows(one)) == 2
+    for here, there in zip(rows(two), rows(one), strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
 def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews, tmp_path):
     bad, other = tmp_path / "bad.csv", tmp_path / "other.csv"
     bad.write_text(reviews.read_text() + "没有标签,\n", encoding="utf-8")
