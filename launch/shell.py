@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 
 from absl import flags
 
@@ -25,11 +26,14 @@ def run(*command: str, stdin: str = "") -> None:
         raise UserError(f"{command[0]} ended with exit code {code}; its message stands above")
 
 
-def ask(*command: str) -> str:
-    """The output of a command that changes nothing; "" in a dry run, and where it fails."""
+def ask(*command: str) -> tuple[str, str]:
+    """What a command that changes nothing says, and what it says went wrong; "" in a dry run."""
     _show(command)
-    return "" if DRY_RUN.value else subprocess.run(
-        command, stdout=subprocess.PIPE, text=True).stdout.strip()
+    if DRY_RUN.value:
+        return "", ""
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stderr, end="", file=sys.stderr, flush=True)
+    return result.stdout.strip(), result.stderr if result.returncode else ""
 
 
 def _show(command: tuple[str, ...], stdin: str = "") -> None:

@@ -40,6 +40,7 @@ RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite",
             "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 ARCHIVE = "build/glm-jax.tar.gz"
 POLL_SECONDS = 30  # between two looks whether the chips are there
+SETTLED = ("ACTIVE", "FAILED", "SUSPENDED", "NOT_FOUND")  # the other states are on the way to one
 MISSES = 10  # looks in a row that gcloud may fail at
 INSTALL = ("tar -xzf glm-jax.tar.gz && curl -LsSf https://astral.sh/uv/install.sh | sh && "
            "cd glm-jax && ~/.local/bin/uv venv --allow-existing --python=3.11 && "
@@ -58,8 +59,28 @@ def on(worker: str, command: str) -> tuple[str, ...]:
 
 
 def state() -> str:
-    return shell.ask(*gcloud("queued-resources", "describe", NAME.value,
-                             "--format=value(state.state)"))
+    """What Google calls how the request is, `NOT_FOUND`, or "" where gcloud can't say."""
+    said, error = shell.ask(*gcloud("queued-resources", "describe", NAME.value,
+                                    "--format=value(state.state)"))
+    return "NOT_FOUND" if "NOT_FOUND" in error else said
+
+
+def settled() -> tuple[str, bool]:
+    """Waits while the request is on its way; the state it then has, and whether it took a wait.
+
+    Raises:
+      UserError: where gcloud can't say, several times in a row: that is no reason to delete.
+    """
+    missed, waited = 0, False
+    while (now := state()) not in SETTLED and not shell.DRY_RUN.value:
+        missed = 0 if now else missed + 1
+        if missed == MISSES:
+            raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; "
+                            "its message stands above. What was asked for goes on: `delete` ends "
+                            "it")
+        waited = True
+        time.sleep(POLL_SECONDS)
+    return now, waited
 
 
 def check_type() -> str:
@@ -87,15 +108,9 @@ def create() -> None:
     shell.run(*gcloud("queued-resources", "create", NAME.value, f"--node-id={NAME.value}",
                       f"--accelerator-type={TYPE.value}", f"--runtime-version={RUNTIMES[kind]}",
                       *["--spot"] * SPOT.value))
-    missed = 0
-    while (now := state()) != "ACTIVE" and not shell.DRY_RUN.value:
-        missed = 0 if now else missed + 1
-        if now in ("FAILED", "SUSPENDED"):
-            raise UserError(f"{NAME.value}: {now}; `delete` it, and ask again or elsewhere")
-        if missed == MISSES:
-            raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; "
-                            "its message stands above. The request goes on: `delete` ends it")
-        time.sleep(POLL_SECONDS)
+    now, _ = settled()
+    if now != "ACTIVE" and not shell.DRY_RUN.value:
+        raise UserError(f"{NAME.value}: {now}; `delete` it, and ask again or elsewhere")
 
 
 def install() -> None:
@@ -118,6 +133,19 @@ def delete() -> None:
     shell.run(*gcloud("queued-resources", "delete", NAME.value, "--force", "--quiet"))
 
 
+def resume(job: list[str]) -> None:
+    """Deletes nothing but a request that has ended, asks where there is none, and starts."""
+    check_type()
+    now, waited = settled()
+    if now in ("FAILED", "SUSPENDED") or shell.DRY_RUN.value:
+        delete()
+    if now != "ACTIVE":
+        create()
+    if now != "ACTIVE" or waited:
+        install()
+    start(job)
+
+
 def main() -> None:
     step, job = shell.step_and_job("create install start logs stop resume delete")
     check_flags()
@@ -132,12 +160,7 @@ def main() -> None:
     elif step == "stop":
         shell.run(*on("0", 'kill -TERM "$(cat job.pid)"'))
     elif step == "resume":
-        if state() != "ACTIVE":
-            check_type()  # before anything is deleted
-            delete()
-            create()
-            install()
-        start(job)
+        resume(job)
     else:
         delete()
 

@@ -109,11 +109,15 @@ def test_what_a_pods_shells_do_with_it(shown, tmp_path):
 
 
 def test_a_pod_that_is_preempted_is_asked_for_anew(tmp_path):
-    """With a gcloud that knows two states: commands run in their order, a failure ends them."""
+    """Of a gcloud that says how the request is before and after it is made anew, time by time."""
     stand_in(tmp_path / "bin/gcloud", """
 echo "$3 $4" >> calls
 case "$4" in
-  describe) if grep -q create calls; then echo $AFTER; else echo SUSPENDED; fi;;
+  describe) if grep -q create calls; then set -- $AFTER; else set -- $BEFORE; fi
+            shift $(( $(grep -c describe calls) - 1 < $# ? $(grep -c describe calls) - 1 : $# - 1 ))
+            if [ "$1" = BROKEN ]; then echo "ERROR: no network" >&2; exit 1; fi
+            if [ "$1" = GONE ]; then echo "ERROR: NOT_FOUND: no glm" >&2; exit 1; fi
+            echo $1;;
   ssh) exit $SSH;;
 esac""")
     stand_in(tmp_path / "bin/git", "")
@@ -130,16 +134,28 @@ esac""")
                               "PYTHONPATH": str(ROOT)} | told)
         return result, [line.split()[1] for line in
                         (tmp_path / "calls").read_text().splitlines()]
-    result, calls = resume(AFTER="ACTIVE", SSH="0")
-    assert result.returncode == 0, result.stderr
-    assert calls == ["describe", "delete", "create", "describe", "scp", "ssh", "ssh"]
-    result, calls = resume(AFTER="FAILED", SSH="0")
+    install, look = ["scp", "ssh"], ["describe"]
+    for before, wanted in (
+            ("SUSPENDED", [*look, "delete", "create", *look, *install, "ssh"]),
+            ("SUSPENDING SUSPENDED", [*look * 2, "delete", "create", *look, *install, "ssh"]),
+            ("FAILED", [*look, "delete", "create", *look, *install, "ssh"]),
+            ("GONE", [*look, "create", *look, *install, "ssh"]),
+            ("PROVISIONING PROVISIONING ACTIVE", [*look * 3, *install, "ssh"]),
+            ("BROKEN BROKEN ACTIVE", [*look * 3, *install, "ssh"]),
+            ("ACTIVE", [*look, "ssh"])):
+        result, calls = resume(BEFORE=before, AFTER="ACTIVE", SSH="0")
+        assert result.returncode == 0, result.stderr
+        assert calls == wanted, before
+    result, calls = resume(BEFORE="BROKEN", AFTER="", SSH="0")  # deletes nothing
+    assert result.returncode == 2 and "gcloud can't say how it is, 10 times" in result.stderr
+    assert set(calls) == {"describe"} and "ERROR: no network" in result.stderr
+    result, calls = resume(BEFORE="SUSPENDED", AFTER="FAILED", SSH="0")
     assert result.returncode == 2 and "error: glm: FAILED" in result.stderr
     assert calls[-2:] == ["create", "describe"]
-    result, calls = resume(AFTER="", SSH="0")
+    result, calls = resume(BEFORE="SUSPENDED", AFTER="BROKEN", SSH="0")
     assert result.returncode == 2 and "gcloud can't say how it is, 10 times" in result.stderr
     assert calls[-10:] == ["describe"] * 10 and calls[-11] == "create"
-    result, calls = resume(AFTER="ACTIVE", SSH="7")
+    result, calls = resume(BEFORE="SUSPENDED", AFTER="ACTIVE", SSH="7")
     assert result.returncode == 2 and "gcloud ended with exit code 7" in result.stderr
     assert calls.count("ssh") == 1
 
