@@ -4,6 +4,7 @@
     python launch/train.py --config=configs/sentiment.py:full,smoke --workdir=runs/try
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ FLAGS = door.flags_with_config()
 
 
 def main() -> None:
+    from glm_jax.train.chips import GPU_SHARE
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     config = FLAGS.config
     door.start_devices(config.mesh.cpu_devices)
     from glm_jax.train.loop import train

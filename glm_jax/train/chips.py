@@ -10,6 +10,9 @@ from glm_jax.errors import UserError
 _GIB = 2**30
 
 
+GPU_SHARE = 0.95  # of a GPU's memory: what launch/train.py has JAX take; the rest is CUDA's
+
+
 class Chip(NamedTuple):
     """One chip.
 
@@ -74,6 +77,11 @@ class Topology(NamedTuple):
     @property
     def chips(self) -> int:
         return self.slices * math.prod(self.shape)
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a chip that a program may take."""
+        return self.chip.memory * (GPU_SHARE if self.chip.host else 1)
 
     @property
     def parts(self) -> int:

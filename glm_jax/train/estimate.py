@@ -14,8 +14,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from glm_jax.convert.parameters import flat
+from glm_jax.data.packing import Piece, Shape
+from glm_jax.nn.batch import Batch, pairs
 from glm_jax.nn.loss import ACCELERATED, LOGITS
 from glm_jax.parallel.mesh import data_ways, partition
+from glm_jax.tasks import Task
 from glm_jax.train import setup
 from glm_jax.train.flops import Flops, forward_flops
 from glm_jax.train.hlo import Collective, crossing
@@ -33,10 +36,18 @@ class Pieces:
 
     mesh: Any  # or an abstract one
     across: Mapping[str, int]  # over how many slices, or hosts of GPUs, each of its axes reaches
+    task: Task
     parts: setup.Parts
     state: dict[str, Any]
     batch: Any
     step: Any
+
+
+def pairs_of_a_row(shape: Shape) -> float:
+    """How many pairs there are of a token and one that it sees, in a row that is one example."""
+    tokens, positions, order = shape.place(Piece(np.zeros(shape.length, np.int32)))
+    row = Batch(tokens[None], positions[None], np.ones_like(tokens)[None], order[None])
+    return float(pairs(row))
 
 
 def layers_flops(model: Any) -> Flops:

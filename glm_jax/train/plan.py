@@ -147,7 +147,7 @@ def pieces(config: Any, mesh: Any, slices: int = 1) -> Pieces:
                        config.optimizer.offload)
     step = make_step(parts.graphdef, parts.trainable, task.loss, optimizer, state,
                      seed=config.seed, accumulate=config.batch.accumulate, ema=config.optimizer.ema)
-    return Pieces(mesh, across_slices(mesh.shape, slices), parts, state,
+    return Pieces(mesh, across_slices(mesh.shape, slices), task, parts, state,
                   setup.abstract_batch(task, mesh), step)
 
 
@@ -252,19 +252,19 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
     uses = estimate.uses(config, made, model)
     sent = estimate.traffic(config, made, model, uses)
     if program is None:
-        capacity = chip.memory
+        capacity = topology.memory
         temporaries = estimate.temporaries(config, made, model, uses)
     elif program.too_much:
         used, capacity = program.too_much
         temporaries = max(used - sum(held.values()) - kept + offloaded, 0)
     else:
-        host, capacity = program.host, chip.memory
+        host, capacity = program.host, topology.memory
         temporaries = (program.memory + program.arguments - sum(held.values())
                        - max(kept - offloaded, 0))
         sent = collectives(program.text, [getattr(device, "slice_index", 0)
                                           for device in made.mesh.devices.flat])
     memory = held | {"activations": kept - offloaded, "temporaries": temporaries}
-    pairs = tokens * (config.batch.length + 1) / 2
+    pairs = config.batch.rows * estimate.pairs_of_a_row(made.task.shape)
     flops = training_flops(model, by_path(made.parts.trainable))
     total = flops.of(tokens, pairs)
     again = estimate.computes_again(config)
@@ -296,11 +296,12 @@ def advised(config: Any, topology: Topology, plan: Plan) -> Plan:
     if plan.fits:
         return plan
     for change in _nearer(config, topology):
-        other = make_plan(_changed(config, change), topology)
-        if other.fits:
-            return dataclasses.replace(plan, advice=" ".join(
-                f"--config.{name}={value}" for name, value in change.items())
-                + f" ({other.needs / GIB:.1f} GiB)")
+        with contextlib.suppress(UserError):  # a mesh that can't be there
+            other = make_plan(_changed(config, change), topology)
+            if other.fits:
+                return dataclasses.replace(plan, advice=" ".join(
+                    f"--config.{name}={value}" for name, value in change.items())
+                    + f" ({other.needs / GIB:.1f} GiB)")
     return dataclasses.replace(plan, advice="no mesh, model.remat or batch.rows tried here fits; "
                                "take more chips, or chips with more memory")
 
@@ -347,7 +348,7 @@ def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
     for change in _others(config, topology):
         other = _changed(config, change)
         with contextlib.suppress(UserError):  # a batch that the mesh doesn't divide, and the like
-            if _least(other, topology) <= topology.chip.memory:
+            if _least(other, topology) <= topology.memory:
                 found.append((make_plan(other, topology, compiled=False), change))
     if not found:
         raise UserError(f"--search: no mesh on {topology} divides batch.rows={config.batch.rows} "
@@ -355,7 +356,12 @@ def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
     found.sort(key=_rank)
     if topology.chip.host:
         return [plan for plan, _ in found]
-    plans = [make_plan(_changed(config, change), topology) for _, change in found[:tries]]
+    plans = []
+    for _, change in found:
+        with contextlib.suppress(UserError):  # a mesh that the torus can't have
+            plans.append(make_plan(_changed(config, change), topology))
+        if len(plans) == tries:
+            break
     return sorted(plans, key=lambda plan: _rank((plan, {})))
 
 

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 from absl import logging
 
+from glm_jax.parallel import processes
+
 
 class Profile:
-    """Traces `steps` steps behind the first `start` of a process into `workdir/profile`.
+    """Traces `steps` steps behind the first `start` into `workdir/profile`; of process 0.
 
     What compiles and warms up lies in the first steps, so `start` leaves these out.
 
@@ -18,7 +20,8 @@ class Profile:
 
     def __init__(self, config: Any, workdir: Path):
         self.folder, self.done = workdir / "profile", 0
-        self.first, self.last = config.start, config.start + config.steps
+        steps = config.steps if processes.speaks() else 0  # files are named by host: two may share
+        self.first, self.last = config.start, config.start + steps
         self.running = False
 
     def before_step(self) -> None:

@@ -7,12 +7,14 @@ import jax
 import pytest
 
 from configs.pod import get_config
+from glm_jax.data.packing import shape_for
 from glm_jax.errors import UserError
+from glm_jax.models import architecture_of
 from glm_jax.nn.compute import Compute
 from glm_jax.parallel.mesh import abstract_mesh, make_mesh
+from glm_jax.train import estimate, setup
 from glm_jax.train import plan as plans
-from glm_jax.train import setup
-from glm_jax.train.chips import CHIPS, topology
+from glm_jax.train.chips import CHIPS, GPU_SHARE, topology
 from glm_jax.train.plan import make_plan, search, table, text
 from glm_jax.train.step import by_path
 
@@ -165,6 +167,27 @@ def test_an_abstract_mesh_traces_a_kernel_that_keeps_what_cudnns_does():
         Compute("splash", "none")
 
 
+@pytest.mark.parametrize(("raw", "seen"), [
+    ({"model_type": "glm", "num_hidden_layers": 1}, 128 * 129 / 2),
+    ({"model_type": "bert"}, 128 * 128)])
+def test_what_a_row_sees_is_the_models(raw, seen):
+    config = architecture_of(raw).config.from_dict(raw)
+    assert estimate.pairs_of_a_row(shape_for(config, 4, 128, 8)) == seen
+
+
+def test_a_mesh_that_can_not_be_is_passed_over(monkeypatch, compiled):
+    def make(config, topology, compiled=True):
+        if compiled and config.mesh.fsdp != 1:
+            raise UserError("no such mesh")
+        return found
+    found = compiled
+    monkeypatch.setattr(plans, "make_plan", make)
+    full = dataclasses.replace(compiled, capacity=0)
+    assert "--config.mesh.fsdp=1 --config.mesh.tensor=4" in plans.advised(
+        small(), topology("v5e:2x2"), full).advice
+    assert len(search(small(), topology("v5e:2x2"), 2)) == 2
+
+
 def test_search_ranks_what_fits_by_time():
     found = search(small(), topology("h100:2"), 1)
     assert {(*plan.mesh, plan.remat) for plan in found} == {
@@ -181,7 +204,8 @@ def test_what_does_not_fit_gets_advice(monkeypatch):
     plan = make_plan(config, where)
     assert plans.advised(config, where, plan) is plan
     full = make_plan(small(**{"mesh.fsdp": 8}), where)
-    monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(memory=full.needs * 1.01))
+    monkeypatch.setitem(CHIPS, "h100", CHIPS["h100"]._replace(
+        memory=full.needs * 1.01 / GPU_SHARE))
     plan = make_plan(config, where)
     assert not plan.fits and "does not fit" in text(plan)
     told = plans.advised(config, where, plan)
