@@ -12,7 +12,7 @@ Meshes are those of the slices named here: for another, set `mesh` and `batch.ro
   glm-4-32b-lora    LoRA on GLM-4-32B-0414                 v6e:4x4
   glm-4-32b-full    all its parameters                     v5p:4x4x4
   glm-4.5-air-lora  LoRA on GLM-4.5-Air, 106B, 12B active  v5p:4x4x4
-  glm-4.5-lora      LoRA on GLM-4.5, 355B, 32B active      v5p:4x4x8, by arithmetic only
+  glm-4.5-lora      LoRA on GLM-4.5, 355B, 32B active      v5p:4x4x8
 """
 
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ PODS = {
     "chatglm3-6b-lora": Pod(CHATGLM3_6B, False, {"fsdp": -1}, 16, 4096),
     "glm-4-9b-full": Pod(GLM_4_9B, True, {"fsdp": -1}, 16, 8192),
     "glm-4-32b-lora": Pod(GLM_4_32B, False, {"fsdp": -1}, 16, 8192),
-    "glm-4-32b-full": Pod(GLM_4_32B, True, {"fsdp": -1}, 64, 8192),
+    "glm-4-32b-full": Pod(GLM_4_32B, True, {"fsdp": -1, "expert": 4}, 64, 8192),
     "glm-4.5-air-lora": Pod(GLM_45_AIR, False, {"fsdp": -1, "expert": 4}, 64, 8192),
     "glm-4.5-lora": Pod(GLM_45, False, {"fsdp": -1, "expert": 8}, 128, 8192),
 }

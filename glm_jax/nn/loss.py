@@ -79,7 +79,7 @@ def _most_logits() -> int:
 
 def _head(how: _How, kernel: jax.Array) -> jax.Array:
     """The kernel as chunks are multiplied with it: its columns split, padded to equal parts."""
-    kernel = constrain(kernel, "embed", "vocab")
+    kernel = constrain(kernel, "embed", "vocab", gathered=not how.spread)
     pad = -kernel.shape[1] % ways("vocab", spread=how.spread)
     return constrain(jnp.pad(kernel, [(0, 0), (0, pad)]), None, "vocab", spread=how.spread)
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
@@ -164,6 +165,11 @@ def _tuple(over: str | Sequence[str] | None) -> tuple[str, ...]:
     return (over,) if isinstance(over, str) else tuple(over or ())
 
 
+def _entry(over: tuple[str, ...]) -> tuple[str, ...] | str | None:
+    """These mesh axes as a `PartitionSpec` has them."""
+    return over[0] if len(over) == 1 else over or None
+
+
 def _rule(name: str, spread: bool = False) -> tuple[str, ...]:
     """The mesh axes that a logical axis is split over."""
     axes = _tuple(dict(_OVERRIDES.value).get(name, RULES[name]))
@@ -207,7 +213,7 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapp
             over = over[:-1]
         if over != asked:
             _log_replicated(axis or "", size, asked, over)
-        spec.append(over[0] if len(over) == 1 else over or None)
+        spec.append(_entry(over))
     return PartitionSpec(*spec)
 
 
@@ -233,19 +239,52 @@ def constrain(x: jax.Array, *axes: str | None, gathered: bool = False, spread: b
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    lies = partition(axes, x.shape, mesh.shape, spread=spread)
-    whole = partition(axes, x.shape, mesh.shape, gathered, spread)
-    return jax.lax.with_sharding_constraint(x, lies) if whole == lies else _gather(whole, lies, x)
+    if gathered and len(stages := _stages(axes, x.shape, mesh.shape)) > 1:
+        return _gather(stages, x)
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, spread=spread))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(whole: PartitionSpec, lies: PartitionSpec, x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, whole)
+def _stages(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]
+            ) -> tuple[PartitionSpec, ...]:
+    """From where a parameter lies to where it is gathered, a mesh axis at a time, the last first.
+
+    Over three sides of a torus of 4x4x4 at once a TPU's compiler gathers by an all-reduce, which
+    sends twice as much (github.com/pytorch/xla/pull/6528), and sums gradients whole; not so over
+    one side or two.
+    """
+    lies = partition(axes, shape, mesh_shape)
+    whole = partition(axes, shape, mesh_shape, gathered=True)
+    stages = [lies]
+    for dimension, kept in enumerate(whole):
+        over = _tuple(lies[dimension])
+        for axis in reversed([a for a in over if a not in _tuple(kept)]):
+            over = tuple(a for a in over if a != axis)
+            stages.append(PartitionSpec(*stages[-1][:dimension], _entry(over),
+                                        *stages[-1][dimension + 1:]))
+    return tuple(stages) if stages[-1] == whole else (*stages, whole)
+
+
+def _along(stages: tuple[PartitionSpec, ...], x: jax.Array) -> jax.Array:
+    for stage in stages[1:]:
+        x = jax.lax.with_sharding_constraint(x, stage)
+    return x
+
+
+_gather = jax.custom_vjp(_along, nondiff_argnums=(0,))
+
+
+def _scatter(stages: tuple[PartitionSpec, ...], _: None, dx: jax.Array) -> tuple[jax.Array]:
+    # What is split along its last dimension a TPU's compiler sums whole, and cuts afterwards.
+    split = [d for d in range(dx.ndim) if stages[0][d] != stages[-1][d]]
+    order = (*split, *(d for d in range(dx.ndim) if d not in split))
+    dx = jnp.transpose(dx, order)
+    for stage in reversed(stages[:-1]):
+        dx = jax.lax.with_sharding_constraint(dx, PartitionSpec(*(stage[d] for d in order)))
+    return (jnp.moveaxis(dx, range(dx.ndim), order),)
 
 
 # Not by `_gather` itself: what a layer keeps (`nn.compute`) is chosen by primitive.
-_gather.defvjp(lambda whole, lies, x: (jax.lax.with_sharding_constraint(x, whole), None),
-               lambda whole, lies, _, dx: (jax.lax.with_sharding_constraint(dx, lies),))
+_gather.defvjp(lambda stages, x: (_along(stages, x), None), _scatter)
 
 
 def ways(name: str, size: int = 0, spread: bool = False) -> int:

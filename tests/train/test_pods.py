@@ -13,16 +13,16 @@ from glm_jax.train.hlo import collectives
 from glm_jax.train.plan import make_plan, text
 
 DOCS = Path(__file__).parents[2] / "docs" / "plans"
-# A torus of three sides may gather by an all-reduce, which sends twice as much.
-PODS = [("chatglm3-6b-lora", "v5e:2x4", 1.03), ("glm-4-9b-full", "v6e:4x4", 1.03),
-        ("glm-4-9b-full", "v5p:2x2x4", 1.03),
-        ("glm-4-32b-lora", "v6e:4x4", 1.03), ("glm-4-32b-full", "v5p:4x4x4", 2.0),
-        ("glm-4.5-air-lora", "v5p:4x4x4", 1.2)]
+PODS = [("chatglm3-6b-lora", "v5e:2x4"), ("glm-4-9b-full", "v6e:4x4"),
+        ("glm-4-9b-full", "v5p:2x2x4"), ("glm-4-32b-lora", "v6e:4x4"),
+        ("glm-4-32b-full", "v5p:4x4x4"), ("glm-4.5-air-lora", "v5p:4x4x4"),
+        ("glm-4.5-lora", "v5p:4x4x8")]
+MARGIN = 0.03  # of the bytes sent: what the formula leaves out, and the table, which isn't gathered
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "where", "most"), PODS)
-def test_each_fits_and_sends_what_its_layout_asks(monkeypatch, name, where, most):
+@pytest.mark.parametrize(("name", "where"), PODS)
+def test_each_fits_and_sends_what_its_layout_asks(monkeypatch, name, where):
     kept, own = [], plans._compile
     monkeypatch.setattr(plans, "_compile", lambda traced: kept.append(own(traced)) or kept[-1])
     config, on = get_config(name), topology(where)
@@ -30,7 +30,7 @@ def test_each_fits_and_sends_what_its_layout_asks(monkeypatch, name, where, most
     assert plan.fits and not plan.warnings
     assert plan.needs < 1.3 * by_hand.needs  # a whole stack, or all logits, would be far more
     sent, asked = (sum(size for _, size in p.sent.values()) for p in (plan, by_hand))
-    assert 0.97 * asked < sent < most * asked
+    assert sent == pytest.approx(asked, rel=MARGIN)
     layers = get_config(name).model.config
     counts = {layers.get("num_layers"), layers.get("num_hidden_layers")}
     counts |= {count - layers.get("first_k_dense_replace", 0) for count in counts if count}

@@ -52,7 +52,7 @@ CONFIGS = {  # by file and variant: meshes
     "sentiment": {"fsdp": 4, "tensor": 2}, "sentiment:full": {"fsdp": 4, "tensor": 2},
     "chat": {"fsdp": 4, "sequence": 2}, "pretrain": {"data": 2, "fsdp": 4},
     "pod:chatglm3-6b-lora": {"fsdp": 8}, "pod:glm-4-9b-full": {"fsdp": 16},
-    "pod:glm-4-32b-lora": {"fsdp": 16}, "pod:glm-4-32b-full": {"fsdp": 64},
+    "pod:glm-4-32b-lora": {"fsdp": 16}, "pod:glm-4-32b-full": {"fsdp": 16, "expert": 4},
     "pod:glm-4.5-air-lora": {"fsdp": 16, "expert": 4},
     "pod:glm-4.5-lora": {"fsdp": 16, "expert": 8},
 }
