@@ -4,7 +4,7 @@
     python launch/train.py --config=configs/pod.py:glm-4-9b-full \\
         --config.model.path=path/to/glm-4-9b-chat-hf --config.task.train=my.jsonl
 
-The first needs no weights, data or TPU; docs/plans.md has what it says of most, and on which slice.
+The first needs no weights, data or TPU; docs/plans.md has what it says of each.
 Meshes are those of the slices named here: for another, set `mesh` and `batch.rows`.
 
   chatglm3-6b-lora  LoRA on ChatGLM3-6B                    v5e:2x4
@@ -65,6 +65,7 @@ PODS = {
     "chatglm3-6b-lora": Pod(CHATGLM3_6B, False, {"fsdp": -1}, 16, 4096),
     "glm-4-9b-full": Pod(GLM_4_9B, True, {"fsdp": -1}, 16, 8192),
     "glm-4-32b-lora": Pod(GLM_4_32B, False, {"fsdp": -1}, 16, 8192),
+    # Two axes, for a gather over all three sides of the torus at once sends twice as much.
     "glm-4-32b-full": Pod(GLM_4_32B, True, {"fsdp": -1, "expert": 4}, 64, 8192),
     "glm-4.5-air-lora": Pod(GLM_45_AIR, False, {"fsdp": -1, "expert": 4}, 64, 8192),
     "glm-4.5-lora": Pod(GLM_45, False, {"fsdp": -1, "expert": 8}, 128, 8192),

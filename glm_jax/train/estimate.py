@@ -194,8 +194,9 @@ def temporaries(config: Any, made: Pieces, model: Any, uses: Sequence[Use]) -> f
     wide = (4 * read.hidden_size + 3 * getattr(read, "intermediate_size", 4 * read.hidden_size)
             / mesh.shape["tensor"])
     if getattr(read, "dense", None) is not None:
+        # Room for every choice to be an expert of this device's: rows, outputs, their derivatives.
         wide += (mesh.shape["expert"] * read.num_experts_per_tok
-                 * (2 * read.hidden_size + 3 * read.moe_intermediate_size))
+                 * (4 * read.hidden_size + 3 * read.moe_intermediate_size))
     logits = min(ACCELERATED * LOGITS, tokens * getattr(read, "vocab_size", 0))
     return gathered + gradients + tokens * wide * np.dtype(model.dtype).itemsize + 2 * 4 * logits
 
