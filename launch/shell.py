@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 
 from absl import flags
 
@@ -25,11 +26,19 @@ def run(*command: str, stdin: str = "") -> None:
         raise UserError(f"{command[0]} ended with exit code {code}; its message stands above")
 
 
-def ask(*command: str) -> str:
-    """The output of a command that changes nothing; "" in a dry run, and where it fails."""
+def ask(*command: str, absent: str) -> str:
+    """The output of a command that changes nothing; "" in a dry run, and where it fails.
+
+    A failure that tells of `absent` (what is asked about is not there) is that word instead.
+    """
     _show(command)
-    return "" if DRY_RUN.value else subprocess.run(
-        command, stdout=subprocess.PIPE, text=True).stdout.strip()
+    if DRY_RUN.value:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and absent in done.stderr:
+        return absent
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def _show(command: tuple[str, ...], stdin: str = "") -> None:

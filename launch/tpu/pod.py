@@ -57,9 +57,26 @@ def on(worker: str, command: str) -> tuple[str, ...]:
     return gcloud("tpu-vm", "ssh", NAME.value, f"--worker={worker}", f"--command={command}")
 
 
-def state() -> str:
-    return shell.ask(*gcloud("queued-resources", "describe", NAME.value,
-                             "--format=value(state.state)"))
+def settled() -> tuple[str, bool]:
+    """The state that the request for chips comes to: ACTIVE, FAILED, SUSPENDED or NOT_FOUND.
+
+    And whether it was waited for. gcloud may fail in between; a dry run looks once.
+
+    Raises:
+      UserError: when gcloud fails time and again.
+    """
+    missed, waited = 0, False
+    while missed < MISSES:
+        now = shell.ask(*gcloud("queued-resources", "describe", NAME.value,
+                                "--format=value(state.state)"), absent="NOT_FOUND")
+        if now in ("ACTIVE", "FAILED", "SUSPENDED", "NOT_FOUND") or shell.DRY_RUN.value:
+            return now, waited
+        waited |= bool(now)
+        missed = 0 if now else missed + 1
+        time.sleep(POLL_SECONDS)
+    raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; its "
+                    "message stands above. It is not deleted: `resume` looks again, `delete` "
+                    "ends it")
 
 
 def check_type() -> str:
@@ -87,15 +104,9 @@ def create() -> None:
     shell.run(*gcloud("queued-resources", "create", NAME.value, f"--node-id={NAME.value}",
                       f"--accelerator-type={TYPE.value}", f"--runtime-version={RUNTIMES[kind]}",
                       *["--spot"] * SPOT.value))
-    missed = 0
-    while (now := state()) != "ACTIVE" and not shell.DRY_RUN.value:
-        missed = 0 if now else missed + 1
-        if now in ("FAILED", "SUSPENDED"):
-            raise UserError(f"{NAME.value}: {now}; `delete` it, and ask again or elsewhere")
-        if missed == MISSES:
-            raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; "
-                            "its message stands above. The request goes on: `delete` ends it")
-        time.sleep(POLL_SECONDS)
+    now, _ = settled()
+    if now != "ACTIVE" and not shell.DRY_RUN.value:
+        raise UserError(f"{NAME.value}: {now}; `delete` it, and ask again or elsewhere")
 
 
 def install() -> None:
@@ -118,6 +129,19 @@ def delete() -> None:
     shell.run(*gcloud("queued-resources", "delete", NAME.value, "--force", "--quiet"))
 
 
+def resume(job: list[str]) -> None:
+    """Chips that were taken away are asked for anew; a request that still waits is waited for."""
+    check_type()  # before anything is deleted
+    before, waited = settled()
+    if before in ("FAILED", "SUSPENDED") or shell.DRY_RUN.value:
+        delete()
+    if before != "ACTIVE":
+        create()
+    if before != "ACTIVE" or waited:  # these chips are new
+        install()
+    start(job)
+
+
 def main() -> None:
     step, job = shell.step_and_job("create install start logs stop resume delete")
     check_flags()
@@ -132,12 +156,7 @@ def main() -> None:
     elif step == "stop":
         shell.run(*on("0", 'kill -TERM "$(cat job.pid)"'))
     elif step == "resume":
-        if state() != "ACTIVE":
-            check_type()  # before anything is deleted
-            delete()
-            create()
-            install()
-        start(job)
+        resume(job)
     else:
         delete()
 
