@@ -280,18 +280,36 @@ def test_a_slurm_job_is_queued_again_when_it_has_saved(shown, tmp_path):
     (("gke/jobset", "--name=glm", "--image=x", "--tpu=v5p", "--topology=4x4", "--claim=c", "start",
       *JOB), "--topology=4x4: a slice of --tpu=v5p has 3 sides, such as 4x4x4"),
     (("gke/jobset", "--name=a,b", "delete"), "--name=a,b: at most 40"),
-    (("gke/jobset", "--name=glm", "--image=x", "--topology=3x3", "--claim=c", "start", *JOB),
-     "9 chips are no multiple of --host-chips=4"),
+    (("gke/jobset", "--name=glm", "--image=x", "--topology=1x1", "--claim=c", "start", *JOB),
+     "--topology=1x1: 1 in all, no multiple of --host-chips=4"),
+    (("gke/jobset", "--name=glm", "--image=x", "--topology=4x5", "--claim=c", "start", *JOB),
+     "--topology=4x5: the slices of --tpu=v6e are 1x1, 2x2, 2x4"),
+    (("gke/jobset", "--name=glm", "--image=x", "--tpu=v5p", "--topology=4x4x6", "--claim=c",
+      "start", *JOB), "--topology=4x4x6: the slices of --tpu=v5p are 2x2x1, 2x2x2"),
+    (("gke/jobset", "--name=glm", "--image=x", "--tpu=v4", "--topology=8x4x4", "--claim=c",
+      "start", *JOB), "sides that 4 divides, the smallest first"),
     (("gke/jobset", "--name=glm", "--image=x", "--topology=4x4", "start", *JOB),
      "--claim is wanted"),
     (("gke/jobset", "--name=Glm", "--image=x", "--topology=4x4", "--claim=c", "start", *JOB),
      "--name=Glm"),
     (("slurm/submit", "--name=glm", "--time=soon", "start", *JOB), "--time=soon"),
+    (("slurm/submit", "--name=glm", "--time=0", "start", *JOB), "--time=0: minutes, hours"),
+    (("slurm/submit", "--name=glm", "--time=0-0:00", "start", *JOB), "--time=0-0:00"),
+    (("slurm/submit", "--name=-x", "start", *JOB), "--name=-x: letters, digits"),
     (("slurm/submit", "--name=a b", "start", *JOB), "--name=a b"),
     (("slurm/submit", "--name=glm", "--nodes=0", "start", *JOB), "--nodes=0"),
 ])
-def test_what_is_refused_runs_nothing(refused, tmp_path, monkeypatch, arguments, message):
+def test_what_is_refused_runs_nothing(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+def test_no_test_reaches_a_cloud(door):
+    """The doors find programs that only fail, should one be run that must not be."""
+    for arguments in ((*POD, "delete"), ("gke/jobset", "--name=glm", "delete"),
+                      ("gke/jobset", "--name=glm", "--image=x", "build"),
+                      ("slurm/submit", "--name=glm", "start", *JOB)):
+        result = door(*arguments)
+        assert result.code == 2 and "a test must not run this" in result.err
 
 
 def test_json_is_what_the_manifest_takes():
