@@ -395,8 +395,9 @@ def _parts(count: int) -> list[int]:
 def text(plan: Plan) -> str:
     """The plan for people."""
     def gib(size: float) -> str:
-        small = 0 < size < GIB / 100
-        return f"{size / 2**20:8.2f} MiB" if small else f"{size / GIB:8.2f} GiB"
+        units = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+        unit, name = next((one for one in units if size >= one[0] / 100), units[0])
+        return f"{size / unit:8.2f} {name}"
 
     def duration(seconds: float) -> str:
         return f"{seconds * 1e3:8.3f} ms" if 0 < seconds < 0.01 else f"{seconds:8.3f} s"

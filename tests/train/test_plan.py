@@ -184,11 +184,13 @@ def test_the_text(compiled):
 
 
 def test_the_text_of_a_tiny_plan_has_small_units(compiled):
-    tiny = dataclasses.replace(compiled, chips=1, mesh={}, memory={"frozen": 3 * 2**20}, sent={},
+    tiny = dataclasses.replace(compiled, chips=1, mesh={}, sent={},
+                               memory={"frozen": 3 * 2**20, "batch": 2048},
                                seconds=dict.fromkeys(("compute", "memory", "links"), 2e-4))
     shown = text(tiny)
     assert "v5e:2x2, 1 chip: one chip;" in shown and "less than 0.01 GB" in shown
     assert re.search(r"parameters, frozen +3\.00 MiB", shown)
+    assert re.search(r"batch +2\.00 KiB", shown)
     assert re.search(r"a step +0\.200 ms, ", shown) and re.search(r"1000 steps +0\.200 s$", shown)
     big = text(dataclasses.replace(tiny, memory={"frozen": 3 * GIB}, seconds={"compute": 2.0}
                                    | dict.fromkeys(("memory", "links"), 0.0)))
