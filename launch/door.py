@@ -265,6 +265,10 @@ def _explain(error: Exception, argv: list[str]) -> str:
         text = str(error.args[0])
     if missing := re.match(r"flag --(\w+)=None: ", text):
         return f"--{missing[1]} is wanted: {FLAGS[missing[1]].help}"
+    if no_number := re.match(r"flag (--[\w.]+=.*): (?:invalid literal for int|could not convert)",
+                             text):
+        whole = "whole " if "int()" in text else ""
+        return f"{no_number[1]}: a {whole}number is wanted"
     return text.strip().rsplit("\n", 1)[-1] or type(error).__name__
 
 

@@ -26,14 +26,19 @@ def run(*command: str, stdin: str = "") -> None:
         raise UserError(f"{command[0]} ended with exit code {code}; its message stands above")
 
 
-def ask(*command: str) -> tuple[str, str]:
-    """What a command that changes nothing says, and what it says went wrong; "" in a dry run."""
+def ask(*command: str, absent: str) -> str:
+    """The output of a command that changes nothing; "" in a dry run, and where it fails.
+
+    A failure that tells of `absent` (what is asked about is not there) is that word instead.
+    """
     _show(command)
     if DRY_RUN.value:
-        return "", ""
-    result = subprocess.run(command, capture_output=True, text=True)
-    print(result.stderr, end="", file=sys.stderr, flush=True)
-    return result.stdout.strip(), result.stderr if result.returncode else ""
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and absent in done.stderr:
+        return absent
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def _show(command: tuple[str, ...], stdin: str = "") -> None:

@@ -296,7 +296,7 @@ def advised(config: Any, topology: Topology, plan: Plan) -> Plan:
     if plan.fits:
         return plan
     for change in _nearer(config, topology):
-        with contextlib.suppress(UserError):  # a mesh that can't be there
+        with contextlib.suppress(UserError):  # a mesh that slices or heads don't divide
             other = make_plan(_changed(config, change), topology)
             if other.fits:
                 return dataclasses.replace(plan, advice=" ".join(
@@ -356,12 +356,18 @@ def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
     found.sort(key=_rank)
     if topology.chip.host:
         return [plan for plan, _ in found]
-    plans = []
+    plans: list[Plan] = []
+    refused = None
     for _, change in found:
-        with contextlib.suppress(UserError):  # a mesh that the torus can't have
-            plans.append(make_plan(_changed(config, change), topology))
         if len(plans) == tries:
             break
+        try:
+            plans.append(make_plan(_changed(config, change), topology))
+        except UserError as error:  # a mesh that the slices don't divide
+            refused = refused or error
+    if not plans:  # no compiler, no such slice
+        assert refused is not None
+        raise refused
     return sorted(plans, key=lambda plan: _rank((plan, {})))
 
 
@@ -396,37 +402,44 @@ def _parts(count: int) -> list[int]:
 def text(plan: Plan) -> str:
     """The plan for people."""
     def gib(size: float) -> str:
-        return f"{size / GIB:8.2f} GiB"
+        units = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+        unit, name = next((one for one in units if size >= one[0] / 100), units[0])
+        return f"{size / unit:8.2f} {name}"
+
+    def duration(seconds: float) -> str:
+        return f"{seconds * 1e3:8.3f} ms" if 0 < seconds < 0.01 else f"{seconds:8.3f} s"
 
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one chip"
+    chips = "chip" if plan.chips == 1 else "chips"
     how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "by arithmetic"
-    lines = [f"{plan.topology}, {plan.chips} chips: {mesh}; {plan.rows} rows of {plan.length} "
+    lines = [f"{plan.topology}, {plan.chips} {chips}: {mesh}; {plan.rows} rows of {plan.length} "
              f"tokens; remat {plan.remat}; {how}", "", "Memory of a chip"]
     names = {"frozen": "parameters, frozen", "trained": "parameters, trained",
              "activations": "activations kept"}
     lines += [f"  {names.get(name, name):22}{gib(size)}" for name, size in plan.memory.items()]
     verdict = "fits" if plan.fits else "does not fit"
-    lines += [f"  {'in all':22}{gib(plan.needs)} of {plan.capacity / GIB:.2f}: {verdict}"]
+    lines += [f"  {'in all':22}{gib(plan.needs)} of {plan.capacity / GIB:.2f} GiB: {verdict}"]
     if plan.host:
         lines += [f"  {'on the host':22}{gib(plan.host)}"]
     if plan.advice:
         lines += [f"  the nearest change that fits: {plan.advice}"]
-    lines += ["", "Sent by a chip in a step"]
-    lines += [f"  {kind:22}{size / 1e9:8.2f} GB in {times}" for kind, (times, size) in
-              plan.sent.items() if size >= 5e6]
+    sent = [f"  {kind:22}{size / 1e9:8.2f} GB in {times}" for kind, (times, size) in
+            plan.sent.items() if size >= 5e6]
+    lines += ["", "Sent by a chip in a step", *(sent or ["  less than 0.01 GB of each kind"])]
     if plan.across:
         lines += [f"  {'by the slow network':22}{plan.across / 1e9:8.2f} GB of it at least"]
     seconds = plan.seconds
     lines += ["", "At best", f"  {'operations a token':22}{plan.flops / 1e9:8.2f} G",
-              f"  {'compute':22}{seconds['compute']:8.3f} s a step",
-              f"  {'memory':22}{seconds['memory']:8.3f} s",
-              f"  {'interconnect':22}{seconds['links']:8.3f} s",
-              f"  {'a step':22}{plan.step_seconds:8.3f} s, "
+              f"  {'compute':22}{duration(seconds['compute'])} a step",
+              f"  {'memory':22}{duration(seconds['memory'])}",
+              f"  {'interconnect':22}{duration(seconds['links'])}",
+              f"  {'a step':22}{duration(plan.step_seconds)}, "
               f"{plan.rows * plan.length / plan.step_seconds:,.0f} tokens a second, "
               f"MFU {plan.mfu:.0%}"]
     if plan.steps:
-        lines += [f"  {f'{plan.steps} steps':22}{plan.hours:8.2f} h, "
-                  f"{plan.hours * plan.chips:,.1f} chip-hours"]
+        hours = f"{plan.hours:8.2f} h, {plan.hours * plan.chips:,.1f} chip-hours"
+        took = hours if plan.hours >= 0.05 else duration(plan.hours * 3600)
+        lines += [f"  {f'{plan.steps} steps':22}{took}"]
     return "\n".join(lines + [f"the compiler warns: {line}" for line in plan.warnings])
 
 

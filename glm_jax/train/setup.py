@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh
@@ -93,6 +94,9 @@ def build(config: Any) -> Run:
     if config.optimizer.offload and mesh.devices.flat[0].platform == "cpu":
         raise UserError("optimizer.offload: a CPU's arrays lie in the host's memory already; leave "
                         "it False")
+    if mesh.shape["expert"] > 1 and "n_routed_experts" not in raw_config(config)[1]:
+        logging.info("mesh axis 'expert': the model has no experts; as 'fsdp' does, it splits the "
+                     "batch and the parameters")
     with use_rules(config.mesh.rules):
         check_rows(config, mesh)
         tokenizer = tokenizer_of(config)

@@ -41,17 +41,34 @@ SPOT = flags.DEFINE_bool("spot", False, "on nodes that may be taken away at any 
 
 ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice",
                 "v6e": "tpu-v6e-slice"}
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: of v5e and v6e; of v4 and v5p
+# those below a cube of 4x4x4, all others being made of such cubes
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+PARTS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+
+
+def check_slice(kind: str, shape: str) -> list[int]:
+    """The sides of a slice that there is; raises a UserError for another."""
+    sides = [int(side) for side in re.findall(r"[1-9]\d*", shape)]
+    count = 3 if kind in ("v4", "v5p") else 2
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * count), shape):
+        raise UserError(f"--topology={shape}: a slice of --tpu={kind} has {count} sides, such as "
+                        f"{'x'.join('4' * count)}")
+    if count == 2 and shape not in FLAT:
+        raise UserError(f"--topology={shape}: the slices of --tpu={kind} are {', '.join(FLAT)}")
+    cubes = sides == sorted(sides) and all(side % 4 == 0 for side in sides)
+    if count == 3 and shape not in PARTS and not cubes:
+        raise UserError(f"--topology={shape}: the slices of --tpu={kind} are {', '.join(PARTS)}, "
+                        "and those with sides that 4 divides, the smallest first")
+    return sides
 
 
 def manifest(job: list[str]) -> str:
     """jobset.yaml, filled."""
-    sides = 3 if TPU.value in ("v4", "v5p") else 2
-    if not re.fullmatch("x".join([r"[1-9]\d*"] * sides), TOPOLOGY.value):
-        raise UserError(f"--topology={TOPOLOGY.value}: a slice of --tpu={TPU.value} has {sides} "
-                        f"sides, such as {'x'.join('4' * sides)}")
-    chips = math.prod(map(int, TOPOLOGY.value.split("x")))
+    sides = check_slice(TPU.value, TOPOLOGY.value)
+    chips = math.prod(sides)
     if chips % HOST_CHIPS.value:
-        raise UserError(f"--topology={TOPOLOGY.value}: {chips} chips are no multiple of "
+        raise UserError(f"--topology={TOPOLOGY.value}: {chips} in all, no multiple of "
                         f"--host-chips={HOST_CHIPS.value}")
     if not CLAIM.value:
         raise UserError("--claim is wanted: all hosts share the run folder")

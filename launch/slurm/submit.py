@@ -33,10 +33,12 @@ TIME = flags.DEFINE_string("time", "24:00:00", "at most, until it is queued agai
 
 def script(job: list[str]) -> str:
     """job.sbatch, filled."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", TIME.value):
-        raise UserError(f"--time={TIME.value}: minutes, hours:minutes:seconds or days-hours")
-    if not re.fullmatch(r"[\w.-]+", NAME.value):
-        raise UserError(f"--name={NAME.value}: letters, digits, '_', '.' and '-'")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", TIME.value) or not re.search("[1-9]", TIME.value):
+        raise UserError(f"--time={TIME.value}: minutes, hours:minutes:seconds or days-hours, above "
+                        "0")
+    if not re.fullmatch(r"\w[\w.-]*", NAME.value):
+        raise UserError(f"--name={NAME.value}: letters, digits, '_', '.' and '-', no '-' or '.' "
+                        "in front")
     template = Template(Path(__file__).with_name("job.sbatch").read_text(encoding="utf-8"))
     return template.safe_substitute(
         name=NAME.value, nodes=NODES.value, tasks=GPUS.value or 1, cpus=CPUS.value,

@@ -40,7 +40,6 @@ RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5litepod": "v2-alpha-tpuv5-lite",
             "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 ARCHIVE = "build/glm-jax.tar.gz"
 POLL_SECONDS = 30  # between two looks whether the chips are there
-SETTLED = ("ACTIVE", "FAILED", "SUSPENDED", "NOT_FOUND")  # the other states are on the way to one
 MISSES = 10  # looks in a row that gcloud may fail at
 INSTALL = ("tar -xzf glm-jax.tar.gz && curl -LsSf https://astral.sh/uv/install.sh | sh && "
            "cd glm-jax && ~/.local/bin/uv venv --allow-existing --python=3.11 && "
@@ -58,29 +57,26 @@ def on(worker: str, command: str) -> tuple[str, ...]:
     return gcloud("tpu-vm", "ssh", NAME.value, f"--worker={worker}", f"--command={command}")
 
 
-def state() -> str:
-    """What Google calls how the request is, `NOT_FOUND`, or "" where gcloud can't say."""
-    said, error = shell.ask(*gcloud("queued-resources", "describe", NAME.value,
-                                    "--format=value(state.state)"))
-    return "NOT_FOUND" if "NOT_FOUND" in error else said
-
-
 def settled() -> tuple[str, bool]:
-    """Waits while the request is on its way; the state it then has, and whether it took a wait.
+    """The state that the request for chips comes to: ACTIVE, FAILED, SUSPENDED or NOT_FOUND.
+
+    And whether it was waited for. gcloud may fail in between; a dry run looks once.
 
     Raises:
-      UserError: where gcloud can't say, several times in a row: that is no reason to delete.
+      UserError: when gcloud fails time and again.
     """
     missed, waited = 0, False
-    while (now := state()) not in SETTLED and not shell.DRY_RUN.value:
+    while missed < MISSES:
+        now = shell.ask(*gcloud("queued-resources", "describe", NAME.value,
+                                "--format=value(state.state)"), absent="NOT_FOUND")
+        if now in ("ACTIVE", "FAILED", "SUSPENDED", "NOT_FOUND") or shell.DRY_RUN.value:
+            return now, waited
+        waited |= bool(now)
         missed = 0 if now else missed + 1
-        if missed == MISSES:
-            raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; "
-                            "its message stands above. What was asked for goes on: `delete` ends "
-                            "it")
-        waited = True
         time.sleep(POLL_SECONDS)
-    return now, waited
+    raise UserError(f"{NAME.value}: gcloud can't say how it is, {MISSES} times in a row; its "
+                    "message stands above. It is not deleted: `resume` looks again, `delete` "
+                    "ends it")
 
 
 def check_type() -> str:
@@ -134,14 +130,14 @@ def delete() -> None:
 
 
 def resume(job: list[str]) -> None:
-    """Deletes nothing but a request that has ended, asks where there is none, and starts."""
-    check_type()
-    now, waited = settled()
-    if now in ("FAILED", "SUSPENDED") or shell.DRY_RUN.value:
+    """Chips that were taken away are asked for anew; a request that still waits is waited for."""
+    check_type()  # before anything is deleted
+    before, waited = settled()
+    if before in ("FAILED", "SUSPENDED") or shell.DRY_RUN.value:
         delete()
-    if now != "ACTIVE":
+    if before != "ACTIVE":
         create()
-    if now != "ACTIVE" or waited:
+    if before != "ACTIVE" or waited:  # these chips are new
         install()
     start(job)
 

@@ -50,10 +50,15 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[subprocess.Popen]:
+def server(tmp_path_factory) -> Iterator[subprocess.Popen]:
+    clouds = tmp_path_factory.mktemp("clouds")  # no door of a test reaches one
+    for name in ("gcloud", "kubectl", "docker", "sbatch"):
+        (clouds / name).write_text("#!/bin/sh\necho a test must not run this >&2; exit 97\n")
+        (clouds / name).chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "JAX_PLATFORMS": "cpu",
                         "TF_CPP_MIN_LOG_LEVEL": "2",  # as a door sets it, ahead of jax
                         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                        "PATH": f"{clouds}:{os.environ['PATH']}",
                         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # a door forks, no new start
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, env=env,
                           stdout=subprocess.PIPE, text=True, start_new_session=True) as process:

@@ -92,3 +92,16 @@ def test_what_is_refused_before_anything_is_loaded(refused, tmp_path):
         "predict", none, "好", "a\udcff")
     assert f"{absent}" in refused("corpus", f"--tokenizer={absent}")
     assert "unexpected argument 'more'" in refused("corpus", "more")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("plan", "--topology=h100:1", "--json=/nope/x.json"),
+     "--json=/nope/x.json: a file is wanted, in a folder that is there"),
+    (("plan", "--topology=h100:1", "--json=/tmp"), "--json=/tmp: a file is wanted"),
+    (("train", "--heartbeat=abc"), "--heartbeat=abc: a whole number is wanted"),
+    (("train", "--heartbeat=0"), "--heartbeat=0"),
+    (("train", "--config.steps=x"), "--config.steps=x: a whole number is wanted"),
+])
+def test_flags_are_refused_before_the_model_is_looked_for(refused, arguments, message):
+    absent = ("--config=configs/chat.py", "--config.model.path=absent")
+    assert message in refused(*arguments[:1], *absent, *arguments[1:])

@@ -108,56 +108,85 @@ def test_what_a_pods_shells_do_with_it(shown, tmp_path):
                        capture_output=True)
 
 
-def test_a_pod_that_is_preempted_is_asked_for_anew(tmp_path):
-    """Of a gcloud that says how the request is before and after it is made anew, time by time."""
+@pytest.fixture
+def resumed(tmp_path):
+    """`resume` with a gcloud of some answers: its result, and the commands in their order.
+
+    `before` are the states until chips are asked for, one a look, `after` those from then on; the
+    last one stays. "" is a call that fails. `ssh` is the exit code of the workers' shells.
+    """
     stand_in(tmp_path / "bin/gcloud", """
 echo "$3 $4" >> calls
 case "$4" in
-  describe) if grep -q create calls; then set -- $AFTER; else set -- $BEFORE; fi
-            shift $(( $(grep -c describe calls) - 1 < $# ? $(grep -c describe calls) - 1 : $# - 1 ))
-            if [ "$1" = BROKEN ]; then echo "ERROR: no network" >&2; exit 1; fi
-            if [ "$1" = GONE ]; then echo "ERROR: NOT_FOUND: no glm" >&2; exit 1; fi
-            echo $1;;
+  describe)
+    states=before; if grep -q create calls; then states=after; fi
+    now=$(head -1 $states)
+    if [ $(wc -l < $states) -gt 1 ]; then sed -i 1d $states; fi
+    if [ "$now" = NOT_FOUND ]; then echo "ERROR: NOT_FOUND: Resource was not found." >&2; exit 1; fi
+    if [ -z "$now" ]; then echo "ERROR: no network" >&2; exit 1; fi
+    echo $now;;
   ssh) exit $SSH;;
 esac""")
     stand_in(tmp_path / "bin/git", "")
-
     at_once = ("from launch import door; from launch.tpu import pod; pod.POLL_SECONDS = 0; "
                "door.run(pod.main, arguments=True)")
 
-    def resume(**told):
+    def resume(*before, after=("ACTIVE",), ssh="0"):
         (tmp_path / "calls").unlink(missing_ok=True)
+        for name, states in (("before", before), ("after", after)):
+            (tmp_path / name).write_text("".join(state + "\n" for state in states))
         result = subprocess.run(
             [sys.executable, "-c", at_once, *POD[1:], "--type=v6e-16", "resume", *JOB],
             cwd=tmp_path, capture_output=True, text=True, timeout=25,
             env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-                              "PYTHONPATH": str(ROOT)} | told)
+                              "PYTHONPATH": str(ROOT), "SSH": ssh})
         return result, [line.split()[1] for line in
                         (tmp_path / "calls").read_text().splitlines()]
-    install, look = ["scp", "ssh"], ["describe"]
-    for before, wanted in (
-            ("SUSPENDED", [*look, "delete", "create", *look, *install, "ssh"]),
-            ("SUSPENDING SUSPENDED", [*look * 2, "delete", "create", *look, *install, "ssh"]),
-            ("FAILED", [*look, "delete", "create", *look, *install, "ssh"]),
-            ("GONE", [*look, "create", *look, *install, "ssh"]),
-            ("PROVISIONING PROVISIONING ACTIVE", [*look * 3, *install, "ssh"]),
-            ("BROKEN BROKEN ACTIVE", [*look * 3, *install, "ssh"]),
-            ("ACTIVE", [*look, "ssh"])):
-        result, calls = resume(BEFORE=before, AFTER="ACTIVE", SSH="0")
+    return resume
+
+
+INSTALL_START = ["scp", "ssh", "ssh"]
+
+
+def test_a_pod_that_is_preempted_is_asked_for_anew(resumed):
+    """Commands run in their order, a failure ends them."""
+    for gone in ("SUSPENDED", "FAILED"):
+        result, calls = resumed(gone)
         assert result.returncode == 0, result.stderr
-        assert calls == wanted, before
-    result, calls = resume(BEFORE="BROKEN", AFTER="", SSH="0")  # deletes nothing
-    assert result.returncode == 2 and "gcloud can't say how it is, 10 times" in result.stderr
-    assert set(calls) == {"describe"} and "ERROR: no network" in result.stderr
-    result, calls = resume(BEFORE="SUSPENDED", AFTER="FAILED", SSH="0")
+        assert calls == ["describe", "delete", "create", "describe", *INSTALL_START]
+    result, calls = resumed("SUSPENDED", after=["FAILED"])
     assert result.returncode == 2 and "error: glm: FAILED" in result.stderr
     assert calls[-2:] == ["create", "describe"]
-    result, calls = resume(BEFORE="SUSPENDED", AFTER="BROKEN", SSH="0")
+    result, calls = resumed("SUSPENDED", after=[""])
     assert result.returncode == 2 and "gcloud can't say how it is, 10 times" in result.stderr
     assert calls[-10:] == ["describe"] * 10 and calls[-11] == "create"
-    result, calls = resume(BEFORE="SUSPENDED", AFTER="ACTIVE", SSH="7")
+    result, calls = resumed("SUSPENDED", ssh="7")
     assert result.returncode == 2 and "gcloud ended with exit code 7" in result.stderr
     assert calls.count("ssh") == 1
+
+
+def test_a_pod_that_is_there_is_not_deleted(resumed):
+    """Whether it runs, or gcloud fails once, or always; and what was never there is no failure."""
+    result, calls = resumed("", "ACTIVE")
+    assert result.returncode == 0, result.stderr
+    assert calls == ["describe", "describe", "ssh"] and "no network" in result.stderr
+    result, calls = resumed("")
+    assert result.returncode == 2 and calls == ["describe"] * 10
+    assert "gcloud can't say how it is, 10 times" in result.stderr
+    assert "It is not deleted" in result.stderr
+    result, calls = resumed("NOT_FOUND")
+    assert result.returncode == 0, result.stderr
+    assert calls == ["describe", "create", "describe", *INSTALL_START]
+
+
+def test_a_pod_that_is_waited_for_is_not_asked_for_twice(resumed):
+    waiting = ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "CREATING"]
+    result, calls = resumed(*waiting, "ACTIVE")
+    assert result.returncode == 0, result.stderr
+    assert calls == ["describe"] * 5 + INSTALL_START
+    result, calls = resumed("SUSPENDING", "SUSPENDED")
+    assert result.returncode == 0, result.stderr
+    assert calls == ["describe", "describe", "delete", "create", "describe", *INSTALL_START]
 
 
 def test_a_jobset(shown):
@@ -235,6 +264,7 @@ def test_a_slurm_job_is_queued_again_when_it_has_saved(shown, tmp_path):
     ((*POD, "--type=v7-8", "create"), "--type=v7-8"),
     ((*POD, "--type=v6e", "create"), "--type=v6e: one of"),
     ((*POD, "--type=v6e-0", "create"), "--type=v6e-0: one of"),
+    ((*POD, "resume", *JOB), "--type=: one of"),
     ((*POD, "--share=nfs", "install"), "--share=nfs: server:/path is wanted"),
     ((*POD, "--project=my project", "logs"), "--project=my project: Google Cloud has no such name"),
     (("tpu/pod", "--name=--force", "--zone=us-east5-b", "delete"), "--name=--force: at most 40"),
@@ -251,18 +281,36 @@ def test_a_slurm_job_is_queued_again_when_it_has_saved(shown, tmp_path):
     (("gke/jobset", "--name=glm", "--image=x", "--tpu=v5p", "--topology=4x4", "--claim=c", "start",
       *JOB), "--topology=4x4: a slice of --tpu=v5p has 3 sides, such as 4x4x4"),
     (("gke/jobset", "--name=a,b", "delete"), "--name=a,b: at most 40"),
-    (("gke/jobset", "--name=glm", "--image=x", "--topology=3x3", "--claim=c", "start", *JOB),
-     "9 chips are no multiple of --host-chips=4"),
+    (("gke/jobset", "--name=glm", "--image=x", "--topology=1x1", "--claim=c", "start", *JOB),
+     "--topology=1x1: 1 in all, no multiple of --host-chips=4"),
+    (("gke/jobset", "--name=glm", "--image=x", "--topology=4x5", "--claim=c", "start", *JOB),
+     "--topology=4x5: the slices of --tpu=v6e are 1x1, 2x2, 2x4"),
+    (("gke/jobset", "--name=glm", "--image=x", "--tpu=v5p", "--topology=4x4x6", "--claim=c",
+      "start", *JOB), "--topology=4x4x6: the slices of --tpu=v5p are 2x2x1, 2x2x2"),
+    (("gke/jobset", "--name=glm", "--image=x", "--tpu=v4", "--topology=8x4x4", "--claim=c",
+      "start", *JOB), "sides that 4 divides, the smallest first"),
     (("gke/jobset", "--name=glm", "--image=x", "--topology=4x4", "start", *JOB),
      "--claim is wanted"),
     (("gke/jobset", "--name=Glm", "--image=x", "--topology=4x4", "--claim=c", "start", *JOB),
      "--name=Glm"),
     (("slurm/submit", "--name=glm", "--time=soon", "start", *JOB), "--time=soon"),
+    (("slurm/submit", "--name=glm", "--time=0", "start", *JOB), "--time=0: minutes, hours"),
+    (("slurm/submit", "--name=glm", "--time=0-0:00", "start", *JOB), "--time=0-0:00"),
+    (("slurm/submit", "--name=-x", "start", *JOB), "--name=-x: letters, digits"),
     (("slurm/submit", "--name=a b", "start", *JOB), "--name=a b"),
     (("slurm/submit", "--name=glm", "--nodes=0", "start", *JOB), "--nodes=0"),
 ])
 def test_what_is_refused_runs_nothing(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+def test_no_test_reaches_a_cloud(door):
+    """The doors find programs that only fail, should one be run that must not be."""
+    for arguments in ((*POD, "delete"), ("gke/jobset", "--name=glm", "delete"),
+                      ("gke/jobset", "--name=glm", "--image=x", "build"),
+                      ("slurm/submit", "--name=glm", "start", *JOB)):
+        result = door(*arguments)
+        assert result.code == 2 and "a test must not run this" in result.err
 
 
 def test_json_is_what_the_manifest_takes():

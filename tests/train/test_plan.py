@@ -249,7 +249,41 @@ def test_without_the_compiler(monkeypatch):
 def test_the_text(compiled):
     shown = text(dataclasses.replace(compiled, warnings=("Involuntary full rematerialization",)))
     assert "v5e:2x2, 4 chips: fsdp=4; 8 rows of 128 tokens; remat full; compiled in" in shown
-    assert "of 16.00: fits" in shown and "the compiler warns: Involuntary" in shown
+    assert "of 16.00 GiB: fits" in shown and "the compiler warns: Involuntary" in shown
+
+
+def test_the_text_of_a_tiny_plan_has_small_units(compiled):
+    tiny = dataclasses.replace(compiled, chips=1, mesh={}, sent={},
+                               memory={"frozen": 3 * 2**20, "batch": 2048},
+                               seconds=dict.fromkeys(("compute", "memory", "links"), 2e-4))
+    shown = text(tiny)
+    assert "v5e:2x2, 1 chip: one chip;" in shown and "less than 0.01 GB" in shown
+    assert re.search(r"parameters, frozen +3\.00 MiB", shown)
+    assert re.search(r"batch +2\.00 KiB", shown)
+    assert re.search(r"a step +0\.200 ms, ", shown) and re.search(r"1000 steps +0\.200 s$", shown)
+    big = text(dataclasses.replace(tiny, memory={"frozen": 3 * GIB}, seconds={"compute": 2.0}
+                                   | dict.fromkeys(("memory", "links"), 0.0)))
+    assert re.search(r"parameters, frozen +3\.00 GiB", big)
+    assert re.search(r"a step +2\.000 s, ", big)
+    assert re.search(r"1000 steps +0\.56 h, 0\.6 chip-hours", big)
+
+
+def test_meshes_that_slices_do_not_divide_are_passed_over(monkeypatch):
+    """Only data and fsdp reach across slices: a mesh of neither is no advice."""
+    where = topology("2xv5e:2x2")
+    refused = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
+    works = {"mesh.data": 2, "mesh.fsdp": 4, "mesh.tensor": 1}
+    monkeypatch.setattr(plans, "_others", lambda config, where: iter([refused, works]))
+    monkeypatch.setattr(plans, "_nearer", lambda config, where: iter([refused, works]))
+    with pytest.raises(UserError, match="on 2 slices: data × fsdp must be") as error:
+        make_plan(small(**refused), where)
+    (found,) = search(small(), where, 1)
+    assert found.mesh == {"data": 2, "fsdp": 4}
+    told = plans.advised(small(), where, dataclasses.replace(found, capacity=0))
+    assert "--config.mesh.data=2 --config.mesh.fsdp=4" in told.advice
+    monkeypatch.setattr(plans, "_others", lambda config, where: iter([refused]))
+    with pytest.raises(UserError, match=re.escape(str(error.value))):
+        search(small(), where, 1)
 
 
 def test_an_adapter_lies_on_an_abstract_mesh_as_on_a_real_one():

@@ -190,3 +190,12 @@ def test_a_routers_bias_is_not_rounded_with_the_rest(smoke, base, tmp_path):
               for path, param in nnx.to_flat_state(parts.frozen)}
     assert frozen["layers.mlp.gate.e_score_correction_bias"][0, 0] == jnp.float32(0.1234567)
     assert frozen["layers.mlp.gate.kernel"].dtype == jnp.bfloat16
+
+
+def test_experts_axis_of_a_model_without_experts_is_told(smoke, caplog):
+    caplog.set_level("INFO", logger="absl")
+    run = setup.build(smoke(**{"mesh.expert": 2}))
+    assert run.mesh.shape["expert"] == 2 and "the model has no experts" in caplog.text
+    caplog.clear()
+    setup.build(smoke(**{"mesh.fsdp": 2}))
+    assert "no experts" not in caplog.text
