@@ -95,15 +95,27 @@ def mesh_for(folder: str | Path, asked: str = "", default: str = "fsdp") -> tupl
         of_run = ConfigDict(raw["config"])
         own, rules = setup.mesh_sizes(of_run), of_run.mesh.rules.to_dict()
     if asked:
-        parts = [part.partition("=") for part in asked.split(",")]
-        if not all(size.strip().lstrip("-").isdecimal() for _, _, size in parts):
-            raise UserError(f"--mesh={asked}: sizes by axis are wanted, such as fsdp=4,tensor=2")
-        return make_mesh({axis.strip(): int(size) for axis, _, size in parts}), rules
+        return _asked_mesh(asked), rules
     with contextlib.suppress(UserError):  # it was trained on more devices, or on others
         mesh = make_mesh(own)
         if own and mesh.size == jax.device_count():
             return mesh, rules
     return make_mesh({default: -1}), rules
+
+
+def _asked_mesh(asked: str) -> Mesh:
+    sizes: dict[str, Any] = {}
+    for part in asked.split(","):
+        name, equals, size = (word.strip() for word in part.partition("="))
+        if not equals or name in sizes:
+            raise UserError(f"--mesh={asked}: each axis once with its size is wanted, such as "
+                            "fsdp=4,tensor=2")
+        sizes[name] = int(size) if size.removeprefix("-").isdecimal() else size
+    try:
+        return make_mesh(sizes)
+    except UserError as error:  # the doors that load have no --config
+        why = str(error).removeprefix("mesh: ").partition(" or, to simulate")[0]
+        raise UserError(f"--mesh={asked}: {why}") from None
 
 
 def classifier(trained: Trained, mesh: Mesh) -> tuple[Classification, Run]:

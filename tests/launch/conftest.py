@@ -14,9 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Reads a JSON line, a list of {"argv", "folder", "cwd", "limit"}; answers with a list of processes
-# and, when all have ended, with one of their statuses. No backend of JAX is started before the
-# fork: each door starts its own.
+# Reads a JSON line, a list of {"argv", "folder", "cwd", "limit", "devices"}; answers with a list of
+# processes and, when all have ended, with one of their statuses. No backend of JAX is started
+# before the fork: each door starts its own, with so many simulated devices (0: as it is).
 SERVER = """
 import json, os, resource, runpy, sys, traceback
 import jax, glm_jax.train.loop, glm_jax.train.load
@@ -30,6 +30,8 @@ def start(job):
         os.chdir(job["cwd"])
         if job["limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+        if job["devices"]:
+            jax.config.update("jax_num_cpu_devices", job["devices"])
         sys.argv, code = job["argv"], 0
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -70,14 +72,16 @@ def server(tmp_path_factory) -> Iterator[subprocess.Popen]:
 def doors(server, tmp_path) -> Callable[..., list[SimpleNamespace]]:
     """`doors(("train", "--config=…"), …)`: several, which run at the same time."""
     def run(*each: Sequence[str], stdin: bytes = b"", cwd: Path = ROOT, limit: int = 0,
-            meanwhile: Callable[[list[int]], None] = lambda pids: None) -> list[SimpleNamespace]:
+            devices: int = 0, meanwhile: Callable[[list[int]], None] = lambda pids: None
+            ) -> list[SimpleNamespace]:
         jobs = []
         for name, *arguments in each:
             folder = tmp_path / f"door{len(list(tmp_path.glob('door*')))}"
             folder.mkdir()
             (folder / "in").write_bytes(stdin)
             argv = [str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
-            jobs.append({"argv": argv, "folder": str(folder), "cwd": str(cwd), "limit": limit})
+            jobs.append({"argv": argv, "folder": str(folder), "cwd": str(cwd), "limit": limit,
+                         "devices": devices})
         server.stdin.write(json.dumps(jobs) + "\n")
         server.stdin.flush()
         meanwhile(json.loads(server.stdout.readline()))

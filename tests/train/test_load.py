@@ -79,13 +79,18 @@ def test_meshes_of_other_folders(base, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"identity": {}, "config": {
         "mesh": {"data": 1, "fsdp": 64, "cpu_devices": 0, "rules": {}}}}))
     assert mesh_for(tmp_path)[0].shape["fsdp"] == 8
-    for asked in ("fsdp", "fsdp=", "fsdp=two", "4", "fsdp=2;tensor=2"):
-        with pytest.raises(UserError, match=r"sizes by axis are wanted, such as fsdp=4,tensor=2"):
-            mesh_for(base, asked)
-    for asked, message in (("fdsp=2", "unknown axis 'fdsp'"), ("fsdp=16", "needs 16 devices"),
-                           ("fsdp=0", "must be positive")):
-        with pytest.raises(UserError, match=message):
-            mesh_for(base, asked)
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ("fsdp", "--mesh=fsdp: each axis once with its size is wanted"),
+    ("fsdp=2,fsdp=4", "each axis once"), ("4", "each axis once"),
+    ("rows=2", "--mesh=rows=2: unknown axis 'rows'"),
+    ("fsdp=x", "fsdp must be a whole number of devices, not 'x'"),
+    ("fsdp=16", "fsdp=16 needs 16 devices, but there are 8; lower the sizes$"),
+    ("fsdp=0", "must be positive"), ("fsdp=-1,tensor=-1", "at most one may be -1")])
+def test_a_bad_mesh_is_named(base, asked, message):
+    with pytest.raises(UserError, match=message):
+        mesh_for(base, asked)
 
 
 @pytest.mark.parametrize("variant", ["full", "conv-rnn"])
