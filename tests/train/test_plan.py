@@ -275,14 +275,14 @@ def test_meshes_that_slices_do_not_divide_are_passed_over(monkeypatch):
     works = {"mesh.data": 2, "mesh.fsdp": 4, "mesh.tensor": 1}
     monkeypatch.setattr(plans, "_others", lambda config, where: iter([refused, works]))
     monkeypatch.setattr(plans, "_nearer", lambda config, where: iter([refused, works]))
-    with pytest.raises(UserError, match="on 2 slices: data × fsdp must be") as error:
+    with pytest.raises(UserError, match="on 2 slices: data × fsdp must be"):
         make_plan(small(**refused), where)
     (found,) = search(small(), where, 1)
     assert found.mesh == {"data": 2, "fsdp": 4}
     told = plans.advised(small(), where, dataclasses.replace(found, capacity=0))
     assert "--config.mesh.data=2 --config.mesh.fsdp=4" in told.advice
     monkeypatch.setattr(plans, "_others", lambda config, where: iter([refused]))
-    with pytest.raises(UserError, match=re.escape(str(error.value))):
+    with pytest.raises(UserError, match="no mesh on 2xv5e:2x2 divides"):
         search(small(), where, 1)
 
 
