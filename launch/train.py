@@ -19,7 +19,8 @@ FLAGS = door.flags_with_config()
 def main() -> None:
     from glm_jax.train.chips import GPU_SHARE
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # JAX takes no two names of it
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     config = FLAGS.config
     door.start_devices(config.mesh.cpu_devices)
     from glm_jax.train.loop import train

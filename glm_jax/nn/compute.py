@@ -31,6 +31,8 @@ def _but_gathered(prim: Any, *avals: Any, **_: Any) -> bool:
     These are cast and gathered from where they lie: kept, they would be the whole model on each
     device. A kernel has up to three axes, attention's scores have more.
     """
+    if prim.name.startswith("custom_vjp"):  # the gather of a frozen kernel: it has no derivative
+        return False
     if prim.name == "convert_element_type":
         return bool(avals[0].ndim > 3)
     return bool(prim.name != "sharding_constraint")
