@@ -77,15 +77,15 @@ def flags_of_processes() -> None:
 def flag_of_mesh() -> None:
     """Defines what `on_mesh` reads."""
     flags.DEFINE_string("mesh", "", "where the model lies: sizes by axis, such as fsdp=4,tensor=2; "
-                        "by default as its run's, or in as many parts as there are devices")
+                        "by default in parts on all devices that there are")
 
 
 @contextlib.contextmanager
-def on_mesh(folder: str, default: str = "fsdp") -> Iterator[Any]:
-    """The mesh for the model of a folder; within, the rules of its run hold."""
+def on_mesh(folder: str, axis: str = "") -> Iterator[Any]:
+    """The mesh for the model of a folder (see `mesh_for`); within, the rules of its run hold."""
     from glm_jax.parallel.mesh import use_rules
     from glm_jax.train.load import mesh_for
-    mesh, rules = mesh_for(folder, FLAGS.mesh, default)
+    mesh, rules = mesh_for(folder, FLAGS.mesh, axis)
     with use_rules(rules):
         yield mesh
 

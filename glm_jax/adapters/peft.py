@@ -230,6 +230,9 @@ def written_targets(model: Any, config: LoRAConfig) -> list[str] | str:
     """
     names, layers = torch_names(model), linears(model)
     adapted = {path for path, layer in layers.items() if hasattr(layer, "adapter")}
+    if unnamed := sorted(adapted - names.keys()):
+        raise UserError(f"{unnamed[0]} has no name of its own in PyTorch: PEFT can't hold its "
+                        "adapter. Train all, or export the merged model")
     for paths in modules(model):
         shared = {id(layers[path].adapter.lora_a) if path in adapted else None for path in paths}
         if len(shared) > 1:

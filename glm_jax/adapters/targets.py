@@ -96,9 +96,10 @@ def find(model: Any, target_modules: Target, excluded: tuple[str, ...] = (), *,
                         ) from None
     if idle and (strict or len(idle) == len(ends)):
         target = idle[0] if isinstance(idle[0], str) else idle[0][0]
+        joined = {path for paths in modules(model) if len(paths) > 1 for path in paths}
         raise UserError(f"target_modules: {target!r} matches no linear layer; " + nearest(
             target, (name.rpartition(".")[2] for path in layers
-                     for name in (path, *names.get(path, ())))))
+                     for name in (names[path] if path in joined else (path,)))))
     chosen = {}
     for path, layer in layers.items():
         covered = [matches(target_modules, name) for name in names.get(path, ())]

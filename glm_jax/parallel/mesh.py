@@ -102,8 +102,9 @@ def across_slices(sizes: Mapping[str, int], slices: int, asked: str = "") -> dic
         across[axis] = math.gcd(sizes[axis], left)
         left //= across[axis]
     if left > 1:
-        raise UserError(f"mesh: {asked or 'one device'} on {slices} slices: data × fsdp must be a "
-                        f"multiple of {slices}, for no other axis may reach across slices")
+        raise UserError(f"mesh: {asked or 'one device'} on {slices} slices (of GPUs: hosts): "
+                        f"data × fsdp must be a multiple of {slices}, for no other axis may reach "
+                        "across")
     return across
 
 

@@ -80,12 +80,13 @@ class Trained(NamedTuple):
                 for ids in self.tokenizer.encode_batch(texts, length=self.shape.length)]
 
 
-def mesh_for(folder: str | Path, asked: str = "", default: str = "fsdp") -> tuple[Mesh, Rules]:
+def mesh_for(folder: str | Path, asked: str = "", axis: str = "") -> tuple[Mesh, Rules]:
     """The mesh for the model of a folder, and the rules of its run: so that it need not fit on one.
 
     Args:
-      asked: sizes by axis, `fsdp=4,tensor=2`; where there are none those of the run, if these take
-        all devices that are here, else all of them on the axis `default`.
+      asked: sizes by axis, `fsdp=4,tensor=2`.
+      axis: where nothing is asked, all devices lie on it; without one as the run had them, if that
+        takes all that are here, else on `fsdp`.
 
     Raises:
       UserError: for sizes that make no mesh here.
@@ -96,11 +97,12 @@ def mesh_for(folder: str | Path, asked: str = "", default: str = "fsdp") -> tupl
         own, rules = setup.mesh_sizes(of_run), of_run.mesh.rules.to_dict()
     if asked:
         return _asked_mesh(asked), rules
-    with contextlib.suppress(UserError):  # it was trained on more devices, or on others
-        mesh = make_mesh(own)
-        if own and mesh.size == jax.device_count():
-            return mesh, rules
-    return make_mesh({default: -1}), rules
+    if own and not axis:
+        with contextlib.suppress(UserError):  # it was trained on more devices, or on others
+            mesh = make_mesh(own)
+            if mesh.size == jax.device_count():
+                return mesh, rules
+    return make_mesh({axis or "fsdp": -1}), rules
 
 
 def _asked_mesh(asked: str) -> Mesh:

@@ -273,7 +273,7 @@ def _plan(config: Any, topology: Topology, made: Pieces, traced: Any, program: _
     seconds = {"compute": computed / count / chip.flops,
                "memory": (estimate.moved(memory, uses, again, config.batch.accumulate)
                           / chip.memory_bandwidth),
-               "links": max(sum(one.times * one.sent for one in sent) / chip.links,
+               "links": max((sum(one.times * one.sent for one in sent) - across) / chip.links,
                             across / chip.network)}
     return Plan(
         str(topology), count, {k: v for k, v in made.mesh.shape.items() if v > 1},

@@ -92,7 +92,7 @@ def check_flags() -> None:
     """Raises a UserError for a flag that gcloud or a worker's shell would trip over."""
     shell.check_name(NAME.value)
     for flag in (ZONE, PROJECT):
-        if not re.fullmatch(r"[a-z][-a-z0-9.:]*" if flag.value or flag is ZONE else "", flag.value):
+        if (flag.value or flag is ZONE) and not re.fullmatch(r"\w[-\w.:]*", flag.value, re.ASCII):
             raise UserError(f"--{flag.name}={flag.value}: Google Cloud has no such name; a zone is "
                             "such as us-east5-b, a project such as my-project")
     if SHARE.value and not re.fullmatch(r"[^\s:/]+:/\S*", SHARE.value):

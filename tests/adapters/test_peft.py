@@ -17,7 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from glm_jax.adapters import partition
 from glm_jax.adapters.lora import LoRAConfig, attach, merged
-from glm_jax.adapters.peft import find_base, inspect_adapter, load_adapter, save_adapter
+from glm_jax.adapters.peft import (
+    find_base,
+    inspect_adapter,
+    load_adapter,
+    save_adapter,
+    written_targets,
+)
 from glm_jax.adapters.targets import linears
 from glm_jax.convert.hf import load_model, save_model, tensors
 from glm_jax.errors import UserError
@@ -277,6 +283,14 @@ def test_targets_are_written_so_that_peft_finds_the_same(trained, tmp_path, targ
     save_adapter(model, tmp_path / "adapter", config, base="base")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text()
                       )["target_modules"] == written
+
+
+def test_layers_that_pytorch_does_not_name_are_refused(tiny):
+    model = nnx.merge(*nnx.split(tiny(model_type="conv_rnn", head="sequence", num_attention_heads=2,
+                                      num_hidden_layers=1)), copy=True)
+    attach(model, LoRAConfig())
+    with pytest.raises(UserError, match="has no name of its own in PyTorch"):
+        written_targets(model, LoRAConfig())
 
 
 def test_one_layer_is_a_stack_too(make, shake, tmp_path):

@@ -50,15 +50,15 @@ def test_a_run_and_its_adapter(run, mesh, base, monkeypatch):
         load_trained(folder, mesh, step=3)
 
 
-@pytest.mark.parametrize(("asked", "default", "sizes"), [
-    ("", "fsdp", {"fsdp": 4, "tensor": 2}),  # as its run
-    ("fsdp=2, tensor=2", "fsdp", {"fsdp": 2, "tensor": 2}),
-    ("data=-1", "fsdp", {"data": 8})])
-def test_a_run_on_many_devices(run, mesh, asked, default, sizes):
+@pytest.mark.parametrize(("asked", "axis", "sizes"), [
+    ("", "", {"fsdp": 4, "tensor": 2}),  # as its run
+    ("", "tensor", {"tensor": 8}), ("fsdp=2, tensor=2", "tensor", {"fsdp": 2, "tensor": 2}),
+    ("data=-1", "", {"data": 8})])
+def test_a_run_on_many_devices(run, mesh, asked, axis, sizes):
     """Its parameters lie in parts on its own mesh, or one that is asked for; the answers stay."""
     folder = run(**{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "batch.rows": 8,
                     "mesh.rules": {"heads": None}})
-    there, rules = mesh_for(folder, asked, default)
+    there, rules = mesh_for(folder, asked, axis)
     assert {axis: size for axis, size in there.shape.items() if size > 1} == sizes
     assert rules == {"heads": None}
     with use_rules(rules):
@@ -75,7 +75,7 @@ def test_a_run_on_many_devices(run, mesh, asked, default, sizes):
 
 def test_meshes_of_other_folders(base, tmp_path):
     """No run's, or a run's on other devices: in as many parts as there are devices."""
-    assert mesh_for(base)[0].shape["fsdp"] == mesh_for(base, default="tensor")[0].shape["tensor"]
+    assert mesh_for(base)[0].shape["fsdp"] == mesh_for(base, axis="tensor")[0].shape["tensor"]
     (tmp_path / "config.json").write_text(json.dumps({"identity": {}, "config": {
         "mesh": {"data": 1, "fsdp": 64, "cpu_devices": 0, "rules": {}}}}))
     assert mesh_for(tmp_path)[0].shape["fsdp"] == 8

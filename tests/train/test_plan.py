@@ -135,7 +135,7 @@ def test_what_goes_between_hosts_takes_the_network(where, sizes):
     config = small(**{"batch.rows": 16, "model.config.attention_bias": False} | {
         f"mesh.{axis}": sizes.get(axis, 1) for axis in ("data", "fsdp")})
     plan = make_plan(config, on, compiled=False)
-    inside = sum(size for _, size in plan.sent.values()) / on.chip.links
+    inside = (sum(size for _, size in plan.sent.values()) - plan.across) / on.chip.links
     if on.parts == 1:
         assert plan.seconds["links"] == pytest.approx(inside)
         return
@@ -143,9 +143,9 @@ def test_what_goes_between_hosts_takes_the_network(where, sizes):
     gathered = sum(size for _, size in plan.sent.values()) - summed
     across = summed / (data - 1) if data > 1 else gathered / 15
     assert plan.across == pytest.approx(across, rel=0.05)  # norms are summed over all devices
-    assert plan.seconds["links"] == max(inside, plan.across / on.chip.network)
+    assert plan.seconds["links"] == pytest.approx(max(inside, plan.across / on.chip.network))
     assert "by the slow network" in text(plan)
-    with pytest.raises(UserError, match="no other axis may reach across slices"):
+    with pytest.raises(UserError, match="no other axis may reach across"):
         make_plan(small(**{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": on.chips}), on,
                   compiled=False)
 
@@ -275,7 +275,7 @@ def test_meshes_that_slices_do_not_divide_are_passed_over(monkeypatch):
     works = {"mesh.data": 2, "mesh.fsdp": 4, "mesh.tensor": 1}
     monkeypatch.setattr(plans, "_others", lambda config, where: iter([refused, works]))
     monkeypatch.setattr(plans, "_nearer", lambda config, where: iter([refused, works]))
-    with pytest.raises(UserError, match="on 2 slices: data × fsdp must be"):
+    with pytest.raises(UserError, match=r"on 2 slices .*: data × fsdp must be"):
         make_plan(small(**refused), where)
     (found,) = search(small(), where, 1)
     assert found.mesh == {"data": 2, "fsdp": 4}
