@@ -5,12 +5,14 @@
 
 A `glm4` of 1.9 B by LoRA and in full, one of 9.4 B (GLM-4-9B-0414's shape) by LoRA; random weights,
 bfloat16, rows of 2,048 tokens filled with texts of about 400. Each side trains on the same tokens
-in a process of its own. Ours keeps the texts of a row apart; theirs (sdpa) reads a row as one text,
-which is the faster for it. Both compute the loss of every token, clip, and use AdamW; in full
-fine-tuning weights and moments are float32. Theirs takes the rows of a step at once where they
-fit, else with gradient checkpointing; `torch.compile` is on its layers and its loss.
+in a process of its own. Ours keeps the texts of a row apart, and so do `theirs` and `compiled` (by
+`position_ids`, from which Transformers makes sdpa's mask); `joined` is `compiled` where a row is
+read as one text: less work for sdpa, and another loss. All compute the loss of every token, clip,
+and use AdamW; in full fine-tuning weights and moments are float32. Theirs takes the rows of a step
+at once where they fit, else with gradient checkpointing; `torch.compile` is on its layers and its
+loss.
 
-MFU counts the same operations for both (glm_jax/train/flops.py: 4N a token for LoRA, 6N in full,
+MFU counts the same operations for all (glm_jax/train/flops.py: 4N a token for LoRA, 6N in full,
 and the pairs that texts kept apart have), against the peak of the card in bfloat16.
 """
 
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "toy": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1003},
 }
-SIDES = ("ours", "theirs", "compiled")
+SIDES = ("ours", "theirs", "compiled", "joined")
 
 
 class Job(NamedTuple):
@@ -53,7 +56,7 @@ class Job(NamedTuple):
       shape: of the model, one of `SHAPES`.
       lora: else all parameters train.
       rows, length: of a step.
-      remat: of ours (`model.remat`).
+      remat, unroll: of ours (`model.remat`, `model.unroll`).
       dtype: what is computed in.
     """
 
@@ -62,10 +65,11 @@ class Job(NamedTuple):
     rows: int
     length: int = 2048
     remat: str = "none"
+    unroll: int = 0
     dtype: str = "bfloat16"
 
 
-JOBS = {"lora-2b": Job("2b", True, 8, remat="dots"), "full-2b": Job("2b", False, 8, remat="dots"),
+JOBS = {"lora-2b": Job("2b", True, 8, unroll=24), "full-2b": Job("2b", False, 8, remat="dots"),
         "lora-9b": Job("9b", True, 4, remat="dots")}
 
 
@@ -78,6 +82,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="that are timed, after two")
     parser.add_argument("--rows", type=int, default=0, help="of a step; 0: each job's")
     parser.add_argument("--remat", default="", help="model.remat of ours; '': each job's")
+    parser.add_argument("--unroll", type=int, default=-1, help="model.unroll; -1: each job's")
     parser.add_argument("--json", default="", help="where to write the figures")
     parser.add_argument("--alone", action="store_true", help="one job and side, in this process")
     return parser.parse_args()
@@ -87,7 +92,8 @@ def job_of(name: str, args: argparse.Namespace) -> Job:
     job = JOBS[name]
     if args.size == "toy":
         job = job._replace(shape="toy", rows=2, length=64)
-    return job._replace(rows=args.rows or job.rows, remat=args.remat or job.remat)
+    return job._replace(rows=args.rows or job.rows, remat=args.remat or job.remat,
+                        unroll=job.unroll if args.unroll < 0 else args.unroll)
 
 
 def texts(job: Job) -> list[list[np.ndarray]]:
@@ -131,7 +137,8 @@ class Ours:
         self.jax, self.mesh = jax, make_mesh({"data": 1})
         with tempfile.TemporaryDirectory() as folder:
             write_json_atomic(Path(folder) / "config.json", raw)
-            config.model.update(path=folder, dtype=job.dtype, remat=job.remat)
+            config.model.update(path=folder, dtype=job.dtype, remat=job.remat,
+                                unroll=job.unroll)
             parts = make_parts(config, "lm", [], self.mesh, None, abstract=True)
 
         def fill(path: Any, x: Any) -> Any:
@@ -184,7 +191,7 @@ class Ours:
 class Theirs:
     """Transformers + PEFT in the plain loop that the Trainer runs with `bf16=True`."""
 
-    def __init__(self, job: Job, compiled: bool, checkpoint: bool):
+    def __init__(self, job: Job, side: str, checkpoint: bool):
         import torch
         import transformers
         from peft import LoraConfig, get_peft_model
@@ -208,7 +215,7 @@ class Theirs:
                 task_type="CAUSAL_LM"))
             if checkpoint:
                 model.enable_input_require_grads()
-        if compiled:
+        if side != "theirs":
             for layer in layers:
                 layer.compile()
             inner = model.base_model.model if job.lora else model
@@ -217,13 +224,20 @@ class Theirs:
         self.model = model
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, weight_decay=0.01, fused=True)
-        rows = np.stack([np.concatenate(row) for row in texts(job)]).astype(np.int64)
-        self.tokens = torch.from_numpy(rows).to(self.device)
+        def rows(of: Callable[[np.ndarray], np.ndarray]) -> Any:
+            found = np.stack([np.concatenate([of(text) for text in row]) for row in texts(job)])
+            return torch.from_numpy(found.astype(np.int64)).to(self.device)
+
+        tokens = rows(lambda text: text)
+        self.inputs = {"input_ids": tokens, "labels": tokens}
+        if side != "joined":  # a text's first token is not learned from the text before it
+            self.inputs |= {"labels": rows(lambda text: np.append(-100, text[1:])),
+                            "position_ids": rows(lambda text: np.arange(len(text)))}
 
     def step(self) -> float:
         torch = self.torch
         with torch.autocast(self.device, torch.bfloat16):
-            loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+            loss = self.model(**self.inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
@@ -243,7 +257,7 @@ def alone(side: str, job: Job, steps: int) -> dict[str, Any]:
     runner: Any = None
     while True:
         try:
-            runner = Ours(job) if side == "ours" else Theirs(job, side == "compiled", checkpoint)
+            runner = Ours(job) if side == "ours" else Theirs(job, side, checkpoint)
             losses = [runner.step() for _ in range(2)]
             break
         except RuntimeError as error:
@@ -268,7 +282,7 @@ def alone(side: str, job: Job, steps: int) -> dict[str, Any]:
 def measure(name: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "--alone", f"--jobs={name}", f"--sides={side}",
                f"--size={args.size}", f"--steps={args.steps}", f"--rows={args.rows}",
-               f"--remat={args.remat}"]
+               f"--remat={args.remat}", f"--unroll={args.unroll}"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False,
                          env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})
     if out.returncode:
@@ -285,11 +299,22 @@ def main() -> None:
     if args.alone:
         print(json.dumps(alone(sides[0], job_of(jobs[0], args), args.steps)))
         return
-    results = {name: {side: measure(name, side, args) for side in sides} for name in jobs}
-    names = ("jax", "jaxlib", "torch", "transformers", "peft")
-    versions = {name: importlib.metadata.version(name) for name in names}
     from rich.console import Console
     from rich.table import Table
+
+    from glm_jax.files import write_json_atomic
+    names = ("jax", "jaxlib", "torch", "transformers", "peft")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    command = shlex.join(["python", *sys.argv])
+    results: dict[str, dict[str, Any]] = {name: {} for name in jobs}
+    for name in jobs:
+        for side in sides:
+            found = results[name][side] = measure(name, side, args)
+            print(name, side, "failed" if "error" in found else
+                  f"{found['tokens_a_second']:,.0f} tokens/s", file=sys.stderr, flush=True)
+            if args.json:
+                write_json_atomic(args.json, {"command": command, "versions": versions,
+                                              "results": results})
     console = Console(soft_wrap=True, width=110)
     table = Table("", "side", "tokens/s", "ours is", "peak GB", "MFU", "recomputes", "ready after")
     for name, by_side in results.items():
@@ -307,12 +332,7 @@ def main() -> None:
             table.add_row(name, side, f"{rate:,.0f}", ratio, f"{found['peak_bytes'] / 1e9:.1f}",
                           mfu, str(found["checkpointing"]), f"{found['ready_s']:.0f} s")
     console.print(table)
-    command = shlex.join(["python", *sys.argv])
     console.print(command, *(f"{k} {v}" for k, v in versions.items()), sep=" · ")
-    if args.json:
-        from glm_jax.files import write_json_atomic
-        write_json_atomic(args.json, {"command": command, "versions": versions,
-                                      "results": results})
 
 
 if __name__ == "__main__":

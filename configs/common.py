@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # or "bfloat16": what is computed in; trained parameters: float32
             "attention": "auto",  # its kernel: of the devices, or reference cudnn splash
             "remat": "none",  # what is computed again, not kept: none attention dots full offload
+            "unroll": 8,  # so many layers, or fewer, are no loop: quicker, but long to compile
             "matmul_precision": "",  # of JAX; "BF16_BF16_F32": rounds what products take to bf16
         },
         "adapter": {

@@ -20,8 +20,8 @@ from glm_jax.adapters.targets import ALL_LINEAR, find, groups, linears
 from glm_jax.errors import UserError
 from glm_jax.nn.compute import LINEAR
 from glm_jax.nn.layers import Product
-from glm_jax.nn.matmul import matmul, rounds
-from glm_jax.parallel.mesh import constrain, make_mesh, sharding
+from glm_jax.nn.matmul import matmul, over_outputs, over_tokens, rounds
+from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +95,16 @@ class LoRA(nnx.Module):
             return product(x, kernel) + scale * product(low, self.lora_b[...].astype(x.dtype))
         a = constrain(self.lora_a[...], self.axes[0], "rank", gathered=True)
         b = constrain(self.lora_b[...], "rank", self.axes[1], gathered=True)
+        mask, scale = None, self.scale
         if key is not None and self.dropout:
-            return lora(x, matmul(x, kernel), a, b, dropout_mask(key, x.shape, self.dropout),
-                        self.scale / (1 - self.dropout))
+            mask, scale = dropout_mask(key, x.shape, self.dropout), scale / (1 - self.dropout)
         few = x.size // x.shape[-1] * sum(kernel.shape) < kernel.size  # as when decoding
         # A small change is lost when its sum with the kernel is rounded to bfloat16.
-        if few or rounds(x) or x.dtype != jnp.float32:
-            return lora(x, matmul(x, kernel), a, b, None, self.scale)
-        return folded(x, kernel, a, b, self.scale)
+        if mask is None and not (few or rounds(x)) and x.dtype == jnp.float32:
+            return folded(x, kernel, a, b, scale)
+        if platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]:
+            return appended(x, kernel, a, b, mask, scale)
+        return lora(x, matmul(x, kernel), a, b, mask, scale)
 
     def merged(self, kernel: jax.Array) -> jax.Array:
         """W + s A B in float32, in the kernel's dtype and layout."""
@@ -135,7 +137,7 @@ def _forward(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.A
     return y + delta.reshape(y.shape).astype(y.dtype), (x, low, a, b, mask)
 
 
-def _backward(scale: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(scale: float, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     x, low, a, b, mask = saved
     rows = _rows(dy)
     dlow = jnp.matmul(rows, (scale * b).astype(rows.dtype).T)
@@ -146,6 +148,44 @@ def _backward(scale: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None
 
 
 lora.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def appended(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
+             scale: float) -> jax.Array:
+    """`lora` of x kernel as one product, `[x, scale * (mask * x) a] [kernel, b]`.
+
+    On a GPU a layer that gives more than it takes is done sooner: what the thin product gives need
+    not be written, nor read for the sum. The gradient of the kernel `[in, out]` is computed only
+    when it is asked for.
+    """
+    return _append(x, kernel, a, b, mask, scale)[0]
+
+
+def _append(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
+            scale: float) -> tuple[jax.Array, Any]:
+    low = checkpoint_name(_rows(_dropped(x, mask)) @ a.astype(x.dtype), LINEAR)
+    y = matmul(jnp.concatenate([_rows(x), scale * low], axis=-1),
+               jnp.concatenate([kernel, b.astype(x.dtype)]))
+    return y.reshape(*x.shape[:-1], y.shape[-1]), (x, low, a, b, mask)
+
+
+def _appended_forward(x: Any, kernel: Any, a: Any, b: Any, mask: Any, scale: float
+                      ) -> tuple[jax.Array, Any]:
+    trained = () if kernel.perturbed else None
+    x, kernel, a, b, mask = jax.tree.map(lambda one: one.value, (x, kernel, a, b, mask))
+    y, thin = _append(x, kernel, a, b, mask, scale)
+    return y, (trained, kernel, thin)
+
+
+def _appended_backward(scale: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    trained, kernel, thin = saved
+    dx, _, da, db, _ = _backward(scale, thin, dy)
+    dkernel = None if trained is None else over_tokens(thin[0], dy).astype(kernel.dtype)
+    return dx + over_outputs(dy, kernel), dkernel, da, db, None
+
+
+appended.defvjp(_appended_forward, _appended_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

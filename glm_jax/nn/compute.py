@@ -48,10 +48,13 @@ class Compute:
         kept. `none`, but for kernels that a mesh gathers; `attention`, its scores and weights
         besides; `dots`, all but what linear layers give and attention's kernel; `full`, all but the
         layer's input; `offload`, as `full`, and that input waits in the host's memory.
+      unroll: so many layers, or fewer, are compiled one by one, not as a loop, on one device where
+        remat is `none`.
     """
 
     kernel: str = "reference"
     remat: str = "none"
+    unroll: int = 8
 
     def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""

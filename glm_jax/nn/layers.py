@@ -16,8 +16,6 @@ from glm_jax.parallel.mesh import constrain
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # (x, kernel) to x times kernel
 
-UNROLLED = 8  # so many layers, or fewer, are compiled one by one on a single device
-
 
 class Linear(nnx.Module):
     """y = x W + b, with an optional adapter (see glm_jax/adapters) that stands in for x W.
@@ -176,8 +174,9 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     """Runs stacked layers one after another: `x, y = call(layer, x, *slices of per_layer)`.
 
     One compiled body serves all layers: compile time and the number of collectives don't grow
-    with depth. A few layers on one device are unrolled: that saves the copies in and out of the
-    stacks in training; in a decoding loop it costs more, and `unroll=False` leaves it. Returns the
+    with depth. A few layers on one device (`compute.unroll`) are compiled one by one: that saves
+    the copies in and out of the stacks in training; in a decoding loop it costs more, and
+    `unroll=False` leaves it. Returns the
     last `x` and the stacked `y`; of layers that are `apart` tuples of each layer's `y`. What is
     kept of each layer for the derivative is `compute.remat`'s.
     """
@@ -191,7 +190,7 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     graphdef, state = nnx.split(layers)
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
-    few = (unroll and count <= UNROLLED and (mesh.empty or mesh.size == 1)
+    few = (unroll and count <= compute.unroll and (mesh.empty or mesh.size == 1)
            and compute.remat == "none")  # XLA would undo what is computed again outside of a loop
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:

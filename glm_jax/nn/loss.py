@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from glm_jax.nn.matmul import matmul, over_outputs, over_tokens
-from glm_jax.parallel.mesh import constrain, ways
+from glm_jax.parallel.mesh import constrain, platform, ways
 
 LOGITS = 2**25  # so many exist at a time on a CPU, in float32
 ACCELERATED = 4  # times as many elsewhere, where products of few tokens are slow
@@ -73,8 +73,7 @@ def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weig
 
 
 def _most_logits() -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return LOGITS if device is None or device.platform == "cpu" else ACCELERATED * LOGITS
+    return LOGITS if platform() == "cpu" else ACCELERATED * LOGITS
 
 
 def _head(how: _How, kernel: jax.Array) -> jax.Array:
@@ -131,6 +130,9 @@ def _forward(how: _How, hidden: Any, kernel: Any, targets: Any, weights: Any
     # A part's product is as large as the logits; that of all features would be as the head itself.
     most = _most_logits() * ways("vocab", spread=how.spread) // head.shape[1]
     width = max(n for n in range(1, features + 1) if features % n == 0 and (n == 1 or n <= most))
+
+    if platform() == "gpu":
+        width = features  # one product there, which adds to the sum where it lies
 
     def apart(x: jax.Array) -> jax.Array:
         x = x.reshape(devices[0], rows // devices[0], devices[1], length // devices[1], -1)

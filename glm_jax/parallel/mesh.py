@@ -288,6 +288,12 @@ def _scatter(stages: tuple[PartitionSpec, ...], _: None, dx: jax.Array) -> tuple
 _gather.defvjp(lambda stages, x: (_along(stages, x), None), _scatter)
 
 
+def platform() -> str:
+    """Of the mesh of `jax.set_mesh`: cpu, gpu or tpu; cpu without one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "cpu" if device is None else str(device.platform)
+
+
 def ways(name: str, size: int = 0, spread: bool = False) -> int:
     """Into how many parts the mesh of `jax.set_mesh` cuts a logical axis of this size.
 

@@ -41,13 +41,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What may differ when a run goes on: the mesh, the kernel, what is recomputed, what is logged, and
 # where files lie. The files themselves are compared by their hashes.
-FREE = ("mesh", "log", "profile", "model.attention", "model.remat", "model.path",
+FREE = ("mesh", "log", "profile", "model.attention", "model.remat", "model.unroll", "model.path",
         "model.tokenizer", "task.train", "task.dev", "task.test", "task.corpus")
 
 
 # The least that a field may be; without it a run would fail late, or do nothing.
 LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batch.examples": 1,
-         "batch.accumulate": 1, "eval.every": 1, "eval.patience": 0, "checkpoint.every": 0,
+         "batch.accumulate": 1, "model.unroll": 0, "eval.every": 1, "eval.patience": 0,
+         "checkpoint.every": 0,
          "log.every": 1, "profile.start": 0, "profile.steps": 0, "seed": 0,
          "optimizer.learning_rate": 0, "optimizer.warmup": 0, "optimizer.final": 0,
          "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "optimizer.b1": 0,
@@ -226,7 +227,8 @@ def compute_of(config: Any, model: Any, mesh: Mesh | AbstractMesh) -> Compute:
                         "choose 'full'")
     kernel = choose(config.model.get("attention", "auto"), platform, model.dtype,
                     getattr(model.config, "head_dim", 0), config.batch.length)
-    return Compute("splash" if kernel == "cudnn" and not isinstance(mesh, Mesh) else kernel, remat)
+    return Compute("splash" if kernel == "cudnn" and not isinstance(mesh, Mesh) else kernel, remat,
+                   config.model.get("unroll", Compute.unroll))
 
 
 def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:

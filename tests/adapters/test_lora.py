@@ -13,6 +13,7 @@ from glm_jax.adapters import partition
 from glm_jax.adapters.lora import (
     LoRA,
     LoRAConfig,
+    appended,
     attach,
     detach,
     dropout_mask,
@@ -71,6 +72,34 @@ def test_folding_the_adapter_into_the_kernel_changes_neither_result_nor_gradient
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     for mine, other in zip(back(dy), plain_back(dy), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_one_product_with_b_below_the_kernel_is_the_two_of_them(dropped):
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = (3, 7, 16), (16, 24), (16, 2), (2, 24), (3, 7, 24)
+    *inputs, dy = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False))
+    mask = jax.random.bernoulli(keys[5], 0.7, shapes[0]) if dropped else None
+    ours, back = jax.vjp(lambda *args: appended(*args, mask, 0.5), *inputs)
+    theirs, plain_back = jax.vjp(lambda x, w, a, b: plain(x, x @ w, a, b, mask, 0.5), *inputs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(back(dy), plain_back(dy), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_takes_one_product_where_a_layer_gives_more_than_it_takes(monkeypatch):
+    monkeypatch.setattr("glm_jax.adapters.lora.platform", lambda: "gpu")
+    keys = jax.random.split(jax.random.key(0), 4)
+    for out, products in ((48, 2), (16, 3)):
+        shapes = (64, 32), (32, out), (32, 2), (2, out)
+        x, w, a, b = (jax.random.normal(k, s, jnp.bfloat16)
+                      for k, s in zip(keys, shapes, strict=True))
+        adapter = LoRA(a, b, ("embed", "mlp"), LoRAConfig(r=2, lora_alpha=1))
+        assert str(jax.make_jaxpr(adapter)(x, w)).count("dot_general") == products
+        wide = [v.astype(jnp.float32) for v in (x, w, a, b)]
+        np.testing.assert_allclose(adapter(x, w).astype(jnp.float32),
+                                   wide[0] @ wide[1] + 0.5 * wide[0] @ wide[2] @ wide[3],
+                                   rtol=0.02, atol=0.2)
 
 
 def test_in_bfloat16_the_gradients_of_float32_parameters_stay_float32():

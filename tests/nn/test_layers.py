@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
+from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, Linear, RMSNorm, rms_norm, scan, stack, swiglu
 from glm_jax.parallel.mesh import constrain, make_mesh, sharding
 from tests.nn.test_loss import collectives
@@ -98,8 +99,7 @@ def test_an_adapter_sees_input_kernel_and_key():
 
 
 @pytest.mark.parametrize("unrolled", [0, 8])
-def test_scan_runs_every_layer_in_order_with_its_own_inputs(monkeypatch, unrolled):
-    monkeypatch.setattr("glm_jax.nn.layers.UNROLLED", unrolled)
+def test_scan_runs_every_layer_in_order_with_its_own_inputs(unrolled):
     layers = stack(lambda rngs: Linear(4, 4, ("embed", "mlp"), std=1.0, rngs=rngs), 3, nnx.Rngs(0))
     kernels = layers.kernel[...]
     assert kernels.shape == (3, 4, 4)
@@ -108,7 +108,12 @@ def test_scan_runs_every_layer_in_order_with_its_own_inputs(monkeypatch, unrolle
 
     def call(layer, x, add):
         return layer(x) + add, x.sum()
-    last, sums = scan(layers, call, x, extra)
+
+    def run(x):
+        return scan(layers, call, x, extra, compute=Compute(unroll=unrolled))
+
+    assert ("while" in jax.jit(run).lower(x).as_text()) == (not unrolled)
+    last, sums = run(x)
     wanted, befores = x, []
     for i in range(3):
         befores.append(wanted.sum())
