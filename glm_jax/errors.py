@@ -2,6 +2,9 @@
 
 import signal
 
+FETCH = ("Models are not downloaded by their names: fetch the folder first (hf download, "
+         "modelscope download) and give its path")
+
 
 class UserError(ValueError):
     """What a user gave is wrong: a file, a row, a field, a folder, a setting.

@@ -49,11 +49,14 @@ _TOKENS = (4, 16)  # rows and length of the random tokens that --verify gives a 
 
 def main() -> None:
     from glm_jax.convert.released import read_json
+    from glm_jax.convert.verify import want_torch
     from glm_jax.convert.written import size_in_bytes
     from glm_jax.errors import UserError
     folder, size = Path(MODEL.value), size_in_bytes(SHARD.value)
     if not OUT.value and not DRY.value:
         raise UserError("--out=FOLDER is wanted: where to write")
+    if VERIFY.value and not DRY.value:  # before anything is written
+        want_torch(TO.value == "peft")
     plain = (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
     if plain and "identity" not in read_json(folder / "config.json") and STEP.value is None:
         _from_folder(folder, size)

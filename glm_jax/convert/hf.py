@@ -34,7 +34,7 @@ from glm_jax.convert.parameters import (
 from glm_jax.convert.released import Dequantised, Index, Released, inside, read_json
 from glm_jax.convert.renamed import renamed_config
 from glm_jax.convert.written import Tensor, whole_folder, write_safetensors
-from glm_jax.errors import UserError
+from glm_jax.errors import FETCH, UserError
 from glm_jax.models import Architecture, architecture_of, head_of
 from glm_jax.models.weights import Weight
 from glm_jax.parallel.mesh import make_mesh, sharding
@@ -93,7 +93,8 @@ def open_folder(folder: str | Path, head: str | None = None, **overrides: Any) -
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a Hugging Face checkpoint folder is wanted")
+        raise UserError(f"{folder}: no such folder; a Hugging Face checkpoint folder is wanted. "
+                        f"{FETCH}")
     raw = read_json(inside(folder, "config.json"))
     architecture = architecture_of(raw, str(folder / "config.json"))
     fields = [field.name for field in dataclasses.fields(architecture.config)]

@@ -36,16 +36,17 @@ def torch_has(name: str) -> bool:
     Raises:
       UserError: where torch or transformers is not installed.
     """
-    _torch()
+    want_torch()
     import transformers
     return hasattr(transformers, name)
 
 
-def _torch(adapter: Path | None = None) -> None:
+def want_torch(with_peft: bool = False) -> None:
+    """Raises a UserError where what `--verify` compares with is not installed."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
-        if adapter is not None:
+        if with_peft:
             import peft  # noqa: F401
     except ImportError as error:
         raise UserError(f"--verify compares with PyTorch, but {error.name} is not installed: "
@@ -69,7 +70,7 @@ def torch_logits(folder: Path, head: str, rows: Sequence[np.ndarray], adapter: P
     Raises:
       UserError: where torch, transformers or peft is not installed.
     """
-    _torch(adapter)
+    want_torch(adapter is not None)
     import torch
     import transformers
     kind = getattr(transformers, CLASSES[head])

@@ -14,7 +14,7 @@ import tokenizers
 
 from glm_jax.data.bpe import Bpe, is_ranks, read_json, read_ranks, read_wordpiece
 from glm_jax.data.pieces import LAYOUTS, Pieces
-from glm_jax.errors import UserError
+from glm_jax.errors import FETCH, UserError
 
 SPECIAL_TOKENS = (
     "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|endoftext|>",
@@ -319,7 +319,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"folder must be a path, not {folder!r}")
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a tokenizer is a folder with tokenizer.json")
+        raise UserError(f"{folder}: no such folder; a tokenizer is a folder with tokenizer.json. "
+                        f"{FETCH}")
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     return Tokenizer(files, str(folder))
 

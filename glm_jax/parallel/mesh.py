@@ -70,7 +70,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     if wanted > len(devices):
         raise UserError(
             f"mesh: {asked} needs {wanted} devices, but there are {len(devices)}; lower the sizes "
-            f"or, to simulate them on a CPU, set --config.mesh.cpu_devices={wanted}")
+            f"or {_simulated(wanted)}")
     devices = devices[:wanted]
     held = {device.process_index for device in devices}
     if ours and len(held) < jax.process_count():
@@ -125,9 +125,14 @@ def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]
         known = -math.prod(shape)
         if count % known:
             raise UserError(f"mesh: {asked} needs a multiple of {known} devices, "
-                            f"there are {count}")
+                            f"there are {count}; lower the sizes or {_simulated(known)}")
         shape[shape.index(-1)] = count // known
     return shape, asked
+
+
+def _simulated(count: int) -> str:
+    return (f"simulate {count} on a CPU: --config.mesh.cpu_devices={count}, or in a program "
+            f"jax.config.update('jax_num_cpu_devices', {count}) before all else")
 
 
 def _arranged(shape: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.records import Example, load_records
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_file
-from glm_jax.errors import UserError
+from glm_jax.errors import FETCH, UserError
 from glm_jax.parallel.mesh import Rules, make_mesh
 from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
@@ -157,6 +157,8 @@ def load_trained(folder: str | Path, mesh: Mesh, step: int | None = None,
         raise UserError(f"{folder}: no run folder, so it has no step {step}")
     if (folder / "adapter_config.json").exists():
         return _adapter(folder, mesh, dtype or "float32")
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder. {FETCH}")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: neither a run folder nor an exported model or adapter: there "
                         "is no config.json and no adapter_config.json")

@@ -124,7 +124,8 @@ class Loop:
                 tracker = open_tracker(self.workdir, self.steps, None if restored is None else step,
                                        config=self.config.to_dict(),
                                        tensorboard=self.config.log.tensorboard,
-                                       wandb_project=self.config.log.wandb_project)
+                                       wandb_project=self.config.log.wandb_project,
+                                       about=self.about())
                 with (contextlib.closing(tracker), processes.asked_to_stop() as asked,
                       contextlib.closing(Profile(self.config.profile, self.workdir)) as profile):
                     step = self.train(step, tracker, profile, asked)
@@ -132,6 +133,15 @@ class Loop:
             return self.finish(step)
         finally:
             self.checkpoints.close()
+
+    def about(self) -> str:
+        """What trains where, for the terminal."""
+        devices = self.mesh.devices.flat
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1)
+        trained = setup.count(self.parts.trainable)
+        return (f"{self.workdir}: {trained:,} of {trained + setup.count(self.parts.frozen):,} "
+                f"parameters train for {self.steps} steps, on {len(devices)} "
+                f"{devices[0].device_kind}{f' ({mesh})' if mesh else ''}; compiling …")
 
     def train(self, step: int, tracker: Tracker, profile: Profile,
               asked: Callable[[int], int | None]) -> int:
@@ -150,6 +160,8 @@ class Loop:
             if not self.first_step_seconds:
                 jax.block_until_ready(metrics)
                 self.first_step_seconds = time.monotonic() - self.started
+                log.flush()
+                log.restart_clock()  # compiling is not training either
             evaluate = step % config.eval.every == 0 or step == self.steps
             save = config.checkpoint.every and step % config.checkpoint.every == 0
             stop = asked(step)

@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.errors import UserError
-from glm_jax.parallel.mesh import abstract_mesh, across_slices, make_mesh, use_rules
+from glm_jax.parallel.mesh import AXES, abstract_mesh, across_slices, make_mesh, use_rules
 from glm_jax.train import estimate, setup
 from glm_jax.train.chips import Topology
 from glm_jax.train.estimate import Pieces
@@ -201,7 +201,7 @@ def _compile(traced: Any) -> _Program:
     seconds = time.monotonic() - begun
     warnings = tuple(line for line in said if "rematerialization" in line)
     if compiled is None:
-        sizes = re.search(r"([\d.]+)([KMGT]) (?:of|exceeds available HBM \()"
+        sizes = re.search(r"([\d.]+)([KMGT])\)? (?:of|exceeds available HBM \()"
                           r" ?([\d.]+)([KMGT])", error)
         if sizes is None:
             raise UserError(f"the compiler finds too little memory: {error.splitlines()[0]}")
@@ -389,7 +389,7 @@ def _others(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:
     for expert in _parts(math.gcd(count, experts)):
         for tensor in _parts(min(8, count // expert)):
             for fsdp in _parts(count // expert // tensor):
-                for remat in ("dots", "full"):
+                for remat in ("none", "dots", "full"):
                     yield {"mesh.expert": expert, "mesh.tensor": tensor, "mesh.fsdp": fsdp,
                            "mesh.sequence": 1, "mesh.data": count // expert // tensor // fsdp,
                            "model.remat": remat}
@@ -448,7 +448,12 @@ def table(plans: Sequence[Plan]) -> str:
     lines = [f"{'mesh':34}{'remat':8}{'GiB a chip':>11}{'s a step':>10}{'MFU':>6}"]
     for plan in plans:
         mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one chip"
-        lines += [f"{mesh:34}{plan.remat:8}{plan.needs / GIB:11.2f}{plan.step_seconds:10.3f}"
+        lines += [f"{mesh:34}{plan.remat:8}{plan.needs / GIB:11.2f}{plan.step_seconds:10.3g}"
                   f"{plan.mfu:6.0%}{'' if plan.fits else '  does not fit'}"]
-    return "\n".join(lines + ["", f"{plans[0].topology}; " + (
-        "compiled" if plans[0].compiled else "by arithmetic")])
+    best, how = plans[0], "compiled" if plans[0].compiled else "by arithmetic"
+    lines += ["", f"{best.topology}; {how}"]
+    if best.fits:
+        lines += ["the first: " + " ".join([
+            f"--config.model.remat={best.remat}",
+            *(f"--config.mesh.{axis}={best.mesh.get(axis, 1)}" for axis in AXES)])]
+    return "\n".join(lines)

@@ -52,10 +52,12 @@ def open_tracker(
     tensorboard: bool = True,
     wandb_project: str = "",
     terminal: bool = True,
+    about: str = "",
 ) -> Tracker:
     """The tracker of the run in `folder`; on a process other than 0, one that does nothing.
 
     Rows after `restored_step` are dropped, all of them when it is None (a run from the start).
+    `about` is what the terminal shows first.
     Raises UserError if `wandb_project` is set and wandb isn't installed.
     """
     if jax.process_index() != 0:
@@ -68,7 +70,7 @@ def open_tracker(
     if wandb_project:
         sinks.append(WeightsAndBiases(folder, wandb_project, config or {}))
     if terminal:
-        sinks.append(Terminal(total_steps, restored_step or 0))
+        sinks.append(Terminal(total_steps, restored_step or 0, about=about))
     return Tracker(*sinks)
 
 
@@ -181,10 +183,13 @@ class Terminal:
     A row with `eval/` values is a line of its own in both.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
+    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None,
+                 about: str = ""):
         self._console = console or Console(soft_wrap=True)
-        self._total, self._first, self._start = total_steps, first_step, time.monotonic()
+        self._total, self._first, self._start = total_steps, first_step, 0.0
         self._bar: Progress | None = None
+        if about:
+            self._print(about)
         if first_step:
             self._print(f"going on from step {first_step} of {total_steps}")
         if self._console.is_terminal and os.environ.get("TERM") != "dumb":
@@ -209,9 +214,13 @@ class Terminal:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
-            each = (time.monotonic() - self._start) / max(step - self._first, 1)
-            left = datetime.timedelta(seconds=round(each * max(self._total - step, 0)))
-            self._print(f"step {step}/{self._total}  {numbers}  {left} left")
+            if self._start:  # the first steps compile, and say nothing of the others
+                each = (time.monotonic() - self._start) / max(step - self._first, 1)
+                left = datetime.timedelta(seconds=round(each * max(self._total - step, 0)))
+                numbers += f"  {left} left"
+            else:
+                self._start, self._first = time.monotonic(), step
+            self._print(f"step {step}/{self._total}  {numbers}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -191,9 +191,13 @@ def test_a_mesh_that_can_not_be_is_passed_over(monkeypatch, compiled):
 def test_search_ranks_what_fits_by_time():
     found = search(small(), topology("h100:2"), 1)
     assert {(*plan.mesh, plan.remat) for plan in found} == {
-        (axis, remat) for axis in ("data", "fsdp", "tensor") for remat in ("dots", "full")}
+        (axis, remat) for axis in ("data", "fsdp", "tensor")
+        for remat in ("none", "dots", "full")}
     assert [plan.step_seconds for plan in found] == sorted(plan.step_seconds for plan in found)
-    assert table(found).count("\n") == len(found) + 2
+    assert table(found).count("\n") == len(found) + 3
+    first = re.findall(r"--config\.([\w.]+)=(\w+)", table(found))
+    again = small(**{name: value if "remat" in name else int(value) for name, value in first})
+    assert make_plan(again, topology("h100:2")).step_seconds == found[0].step_seconds
     with pytest.raises(UserError, match=r"no mesh on h100:2 divides batch\.rows=1 and holds"):
         search(small(**{"batch.rows": 1, "batch.accumulate": 2}), topology("h100:2"), 1)
 
@@ -218,7 +222,9 @@ def test_what_does_not_fit_gets_advice(monkeypatch):
 @pytest.mark.parametrize(("said", "sizes"), [
     ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
      "Used 17.98G of 15.75G hbm. Exceeded hbm capacity by 2.23G.", (17.98, 15.75)),
-    ("RESOURCE_EXHAUSTED: Allocation of 17.98G exceeds available HBM (15.75G)", (17.98, 15.75))])
+    ("RESOURCE_EXHAUSTED: Allocation of 17.98G exceeds available HBM (15.75G)", (17.98, 15.75)),
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+     "(17.98G) exceeds available HBM (15.75G).", (17.98, 15.75))])
 def test_the_compilers_own_figures_when_it_does_not_fit(said, sizes):
     class Refuses:
         def lower(self):

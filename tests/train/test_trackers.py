@@ -121,7 +121,8 @@ def test_wandb_missing_is_one_line(tmp_path, monkeypatch):
 def show(*, terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, soft_wrap=True)
-    sink = Terminal(40, 10, console)
+    sink = Terminal(40, 10, console, about="runs/x: 7 of 9 parameters train")
+    sink.log(15, {"train/loss": 0.75})
     sink.log(20, {"train/loss": 0.51234, "train/tokens_per_second": 12345.6})
     sink.log(20, {"eval/accuracy": 0.875, "eval/f1": 0.87})
     sink.close()
@@ -129,8 +130,10 @@ def show(*, terminal: bool) -> str:
 
 
 def test_a_pipe_gets_plain_lines():
-    first, *lines = show(terminal=False).splitlines()
+    about, first, compiled, *lines = show(terminal=False).splitlines()
+    assert about == "runs/x: 7 of 9 parameters train"
     assert first == "going on from step 10 of 40"
+    assert compiled == "step 15/40  loss 0.7500"  # says nothing of how long the rest takes
     assert lines[0].startswith("step 20/40  loss 0.5123  12,346 tokens/s  0:00:0")
     assert lines[0].endswith(" left")
     assert lines[1:] == ["step 20  eval/accuracy 0.8750  eval/f1 0.8700"]
