@@ -172,21 +172,27 @@ def _end(message: str, code: int = 1) -> NoReturn:
     os._exit(code)
 
 
-def check_same(fields: Mapping[str, Any]) -> None:
-    """Raises a UserError in a process where a field differs from process 0's."""
-    client, text = _state().client, json.dumps(fields, sort_keys=True)
+def check_same(what: str, fields: Mapping[str, Any]) -> None:
+    """Raises a UserError in a process where a field differs from process 0's.
+
+    Elsewhere it returns when all have looked, so that nothing is begun that one of them can't join.
+    """
+    client, here = _state().client, json.loads(json.dumps(fields))
     if client is None:
         return
     if speaks():
-        client.key_value_set("fields", text)
-        return
-    there = json.loads(client.blocking_key_value_get("fields", 1000 * START_SECONDS))
-    here = json.loads(text)
+        client.key_value_set(what, json.dumps(here))
+    there = json.loads(client.blocking_key_value_get(what, 1000 * START_SECONDS))
     if other := [name for name in here if there.get(name) != here[name]]:
         shown = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} here"
                           for name in other[:5])
         raise UserError(f"another config or other data than process 0 has ({shown}): start all "
                         "processes with the same command, on the same files")
+    try:
+        client.wait_at_barrier(f"same {what}", 1000 * START_SECONDS)
+    except Exception as error:
+        raise UserError(f"not all processes had read the {what} within {START_SECONDS} s of each "
+                        "other") from error
 
 
 def see(path: Path) -> None:

@@ -51,9 +51,11 @@ def train(config: Any, workdir: Path) -> Finished:
       Interrupted: after SIGTERM or Ctrl-C.
     """
     started = time.monotonic()
+    mesh = flatten_dict({"mesh": config.mesh.to_dict()}, sep=".")
+    processes.check_same("config", setup.fields(config) | mesh)  # what they compute together hangs
     run = setup.build(config)
     identity = setup.identity(config, run.task)
-    processes.check_same(identity | flatten_dict({"mesh": config.mesh.to_dict()}, sep="."))
+    processes.check_same("data", identity)
     if processes.speaks():
         identity |= setup.model_hashes(config)  # reads all weights
         setup.check_same_run(workdir, identity)

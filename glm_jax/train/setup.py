@@ -309,12 +309,16 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstra
                       abstract=abstract)
 
 
+def fields(config: Any) -> dict[str, Any]:
+    """The fields of a config but for `FREE`, by dotted name."""
+    return {name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            for name, value in flatten_dict(config.to_dict(), sep=".").items()
+            if not any(name == free or name.startswith(free + ".") for free in FREE)}
+
+
 def identity(config: Any, task: Task) -> dict[str, Any]:
-    """What a run folder belongs to: the config but for `FREE`, the data; see `model_hashes` too."""
-    fields = {name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-              for name, value in flatten_dict(config.to_dict(), sep=".").items()
-              if not any(name == free or name.startswith(free + ".") for free in FREE)}
-    return fields | {"data sha256": task.fingerprint()}
+    """What a run folder belongs to: the config's fields, the data; see `model_hashes` too."""
+    return fields(config) | {"data sha256": task.fingerprint()}
 
 
 def model_hashes(config: Any) -> dict[str, str]:

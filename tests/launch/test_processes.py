@@ -140,9 +140,11 @@ def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews
     other.write_text(reviews.read_text() + "另一条评论很好,好\n", encoding="utf-8")
     command = ["train", SMOKE, f"--config.model.path={base}", *TWO,
                f"--workdir={tmp_path / 'run'}"]
-    for file, message in ((bad, "bad.csv:242: the label"), (other, "data sha256")):
-        first, second = pod(2, *command, own=[[f"--config.task.train={reviews}"],
-                                              [f"--config.task.train={file}"]])
+    for own, message in ((f"task.train={bad}", "bad.csv:242: the label"),
+                         (f"task.train={other}", "data sha256"),
+                         ("adapter.r=4", "adapter.r: 8 there, 4 here")):
+        first, second = pod(2, *command, f"--config.task.train={reviews}",
+                            own=[[], [f"--config.{own}"]])
         assert (first.code, second.code) == (2, 2), (first.err, second.err)
         (line,) = told(second)
         assert line.startswith("error: ") and message in line

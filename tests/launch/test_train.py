@@ -45,7 +45,7 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     (("--config.task.text=body",), "no field 'body'"),
     (("--config.mesh.fsdp=4", "--config.mesh.tensor=2"), "4"),
     (("--config.mesh.data=2", "--config.mesh.fsdp=4"),
-     "needs 8 devices, but there are 1; lower the sizes or, to simulate them on a CPU, set "
+     "needs 8 devices, but there are 1; lower the sizes or simulate 8 on a CPU: "
      "--config.mesh.cpu_devices=8"),
     (("--config.mesh.cpu_devices=8", "--config.batch.rows=12"),
      "batch.rows=12 must be a multiple of batch.accumulate × data × fsdp × expert = 8"),
