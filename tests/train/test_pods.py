@@ -10,7 +10,7 @@ from configs.pod import get_config
 from glm_jax.train import plan as plans
 from glm_jax.train.chips import topology
 from glm_jax.train.hlo import collectives
-from glm_jax.train.plan import make_plan, text
+from glm_jax.train.plan import advised, make_plan, text
 
 DOCS = Path(__file__).parents[2] / "docs" / "plans"
 PODS = [("chatglm3-6b-lora", "v5e:2x4"), ("glm-4-9b-full", "v6e:4x4"),
@@ -43,6 +43,15 @@ def test_each_fits_and_sends_what_its_layout_asks(monkeypatch, name, where):
                 for x in re.findall(r"([\d.]+) (?:GiB|GB)", line)]
     written = (DOCS / f"{name}-{where.replace(':', '-')}.txt").read_text()
     assert figures(text(plan)) == pytest.approx(figures(written), rel=0.05, abs=0.05)
+
+
+@pytest.mark.slow
+def test_of_what_does_not_fit_the_compiler_says_how_much_and_a_change_is_found():
+    config, on = get_config("chatglm3-6b-lora"), topology("v5e:2x4")
+    config.batch.rows = 128
+    plan = advised(config, on, make_plan(config, on))
+    assert not plan.fits and plan.needs > on.memory
+    assert re.fullmatch(r"--config\.batch\.accumulate=\d+ \([\d.]+ GiB\)", plan.advice)
 
 
 def tiny(layers=4, rows=64):
