@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.adapters import lora, partition
 from glm_jax.adapters.peft import written_targets
+from glm_jax.adapters.targets import ALL_LINEAR
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.chat import chats
@@ -103,6 +104,10 @@ def build(config: Any) -> Run:
         tokenizer = tokenizer_of(config)
         task = make_task(config, tokenizer, mesh)
         parts = make_parts(config, task.head, task.labels, mesh, tokenizer)
+    if (parts.lora_config and parts.lora_config.target_modules == ALL_LINEAR
+            and any(".experts." in path for path in by_path(parts.frozen))):
+        logging.info("adapter.targets: 'all-linear' leaves the routed experts frozen; name layers "
+                     "in adapter.targets, as experts.down_proj, to adapt them")
     return Run(mesh, tokenizer, task, parts)
 
 

@@ -162,10 +162,27 @@ def test_experts_have_files_of_their_own(make, shake, tmp_path):
     np.testing.assert_allclose(logits(again), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_all_linear_leaves_routed_experts_out(make, shake, tmp_path):
+    model, config = make(**MOE), LoRAConfig(r=2)
+    attach(model, config)
+    shake(model)
+    adapted = {path for path, layer in linears(model).items() if hasattr(layer, "adapter")}
+    assert linears(model).keys() - adapted == {
+        "lm_head", *(f"layers.mlp.experts.{name}_proj" for name in ("gate", "up", "down"))}
+    save_adapter(model, tmp_path / "out", config, base="base")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert len(found) == 2 * 3 * 7  # A and B of four projections and an MLP in each of three layers
+    assert not any(".experts." in name for name in found)
+    again = make(**MOE)  # by the names written, which mean no expert
+    load_adapter(again, tmp_path / "out")
+    assert flat(again).keys() == flat(model).keys()
+    np.testing.assert_allclose(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_peft_loads_an_adapter_of_a_mixture(make, shake, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     import transformers
-    targets = ("q_proj", "o_proj")  # peft moves those of experts to where transformers 5 has them
+    targets = ("q_proj", "o_proj")  # peft takes any down_proj for that of the fused experts
     model, config = make(**MOE), LoRAConfig(r=2, target_modules=targets)
     save_model(model, tmp_path / "base")
     attach(model, config)
