@@ -96,7 +96,7 @@ def build(config: Any) -> Run:
     if config.optimizer.offload and mesh.devices.flat[0].platform == "cpu":
         raise UserError("optimizer.offload: a CPU's arrays lie in the host's memory already; leave "
                         "it False")
-    if mesh.shape["expert"] > 1 and "n_routed_experts" not in raw_config(config)[1]:
+    if mesh.shape["expert"] > 1 and not routed_experts(config):
         logging.info("mesh axis 'expert': the model has no experts; as 'fsdp' does, it splits the "
                      "batch and the parameters")
     with use_rules(config.mesh.rules):
@@ -295,6 +295,12 @@ def raw_config(config: Any) -> tuple[Any, dict[str, Any]]:
     path = folders(config)[0] / "config.json"
     raw = read_json(path)
     return architecture_of(raw, str(path)), raw
+
+
+def routed_experts(config: Any) -> int:
+    """How many routed experts a layer of the model has; 0 in a family without any."""
+    architecture, raw = raw_config(config)
+    return getattr(architecture.config.from_dict(raw), "n_routed_experts", 0)
 
 
 def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstract: bool = False

@@ -1,5 +1,6 @@
 """From a config to the parts of a run, and what a run folder belongs to."""
 
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.models import architecture_of
 from glm_jax.parallel.mesh import make_mesh
-from glm_jax.train import setup
+from glm_jax.train import plan, setup
+from glm_jax.train.chips import topology
 from glm_jax.train.step import by_path, init_state
 
 
@@ -206,6 +208,22 @@ def test_experts_axis_of_a_model_without_experts_is_told(smoke, caplog):
     caplog.clear()
     setup.build(smoke(**{"mesh.fsdp": 2}))
     assert "no experts" not in caplog.text
+
+
+def test_experts_that_a_config_does_not_mention_are_the_familys(smoke, moe, caplog):
+    caplog.set_level("INFO", logger="absl")
+    file = moe / "config.json"
+    raw = json.loads(file.read_text())
+    assert setup.routed_experts(smoke(**{"model.path": str(moe)})) == raw.pop("n_routed_experts")
+    file.write_text(json.dumps(raw))
+    config = smoke(**{"model.path": str(moe), "mesh.expert": 2})
+    assert setup.routed_experts(config) == 128
+    with pytest.raises(UserError, match="no head 'sequence'"):  # told is what comes before
+        setup.build(config)
+    assert "no experts" not in caplog.text
+    splits = [change["mesh.expert"] for change in plan._others(config, topology("h100:4"))]
+    assert set(splits) == {1, 2, 4}
+    assert setup.routed_experts(smoke()) == 0
 
 
 def test_that_routed_experts_stay_frozen_is_told(smoke, moe, caplog):
