@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         "adapter": {
             "name": "lora",  # or "" for none
             "r": 8, "alpha": 16, "dropout": 0.0, "rslora": False,
-            "targets": ("all-linear",),  # every linear layer but the heads; or names of some
+            "targets": ("all-linear",),  # all but heads and routed experts; or names
         },
         "batch": {
             "rows": 8, "length": 256,  # tokens a row; several examples are packed into it

@@ -33,7 +33,8 @@ class LoRAConfig:
       lora_alpha, use_rslora: the scale is lora_alpha / r, with `use_rslora` lora_alpha / sqrt(r).
       lora_dropout: on the input of A only.
       target_modules: names of linear layers, each the end of a path (`q_proj`, `mlp.down_proj`),
-        or one regular expression for whole paths, or `all-linear`: every one but the head.
+        or one regular expression for whole paths, or `all-linear`: every one but the head and
+        the routed experts, which are adapted where they are named.
       modules_to_save: modules that train whole and are saved beside the adapter: the head.
     """
 

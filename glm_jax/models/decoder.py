@@ -17,7 +17,16 @@ from glm_jax.models.config import Config, want_parts
 from glm_jax.nn.attention import Cache, Mask, attention
 from glm_jax.nn.batch import Array, Batch
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.layers import Embedding, Linear, Product, RMSNorm, scan, stack, swiglu
+from glm_jax.nn.layers import (
+    Embedding,
+    Linear,
+    Product,
+    RMSNorm,
+    dropout_keys,
+    scan,
+    stack,
+    swiglu,
+)
 from glm_jax.nn.moe import over_mesh, route
 from glm_jax.nn.rotary import check_scaling, rotary_table, rotate_halves, rotate_interleaved
 from glm_jax.parallel.mesh import constrain
@@ -85,11 +94,12 @@ class Attention(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
-        query, key = heads(self.q_proj(x, keys[0])), heads(self.k_proj(x, keys[1]))
+        own = dropout_keys((self.q_proj, self.k_proj, self.v_proj), keys[:3])
+        query, key = heads(self.q_proj(x, own[0])), heads(self.k_proj(x, own[1]))
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self.rotate(query, *rotary), self.rotate(key, *rotary)
-        value = heads(self.v_proj(x, keys[2]))
+        value = heads(self.v_proj(x, own[2]))
         if cache is not None:
             key, value = (jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
                           for old, new in zip(cache, (key, value), strict=True))
@@ -112,8 +122,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, ("mlp", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
-        # One key: where a checkpoint joins the two, an adapter drops their input once.
-        inner = swiglu(self.gate_proj(x, keys[0]), self.up_proj(x, keys[0]))
+        gate, up = dropout_keys((self.gate_proj, self.up_proj), keys[:3:2])
+        inner = swiglu(self.gate_proj(x, gate), self.up_proj(x, up))
         return self.down_proj(inner, keys[1])
 
 

@@ -1,7 +1,7 @@
 """The layers that the models share: linear, embedding, norms, activations, and stacks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,17 @@ class Linear(nnx.Module):
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(x.dtype)
         return y
+
+
+def dropout_keys(layers: Sequence[Linear], keys: Sequence[jax.Array | None]
+                 ) -> list[jax.Array | None]:
+    """A key for each of the layers that have one input: `keys`, but those of shared A are the same.
+
+    The adapters of layers that a checkpoint joins share it: PEFT drops their input once.
+    """
+    first: dict[int, jax.Array | None] = {}
+    return [first.setdefault(id(layer.adapter.lora_a if hasattr(layer, "adapter") else layer), key)
+            for layer, key in zip(layers, keys, strict=True)]
 
 
 class Embedding(nnx.Module):

@@ -1,5 +1,7 @@
 """The moments of an optimizer in fewer bytes: bfloat16, or 8 bits in blocks (arXiv:2110.02861)."""
 
+import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,36 +27,42 @@ class Blocks(NamedTuple):
     scale: jax.Array
 
 
-def compact(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+def compact(inner: optax.GradientTransformation, dtype: str, path: str = ""
+            ) -> optax.GradientTransformationExtraArgs:
     """`inner`, of one array, its moments kept in `dtype`; it computes in float32 all the same.
 
     To bfloat16 is rounded at random in proportion to the distance: to the nearest, a mean that
-    moves by a thousandth a step would stand still. To int8 is rounded as in the paper.
+    moves by a thousandth a step would stand still. The chance is each parameter's own, by `path`
+    and `update`'s number of the `layer` in a stack. To int8 is rounded as in the paper.
     The state of `inner` has a `count`; its second moment is called `nu` and never negative.
     """
-    def pack(state: Any) -> Any:
-        def one(path: tuple[Any, ...], x: jax.Array) -> Any:
+    def pack(state: Any, layer: Any = 0) -> Any:
+        def one(name: tuple[Any, ...], x: jax.Array) -> Any:
             if x.ndim < 2 or x.size < SMALLEST:
                 return x
-            signed = path[-1].name != "nu"
+            signed = name[-1].name != "nu"
             if dtype == "int8":
                 return encode(x, signed)
-            return round_at_random(x, jax.random.fold_in(jax.random.key(signed), state.count))
+            key = jax.random.key(zlib.crc32(path.encode()))
+            for number in (signed, layer, state.count):
+                key = jax.random.fold_in(key, number)
+            return round_at_random(x, key)
         return state if dtype == "float32" else jax.tree_util.tree_map_with_path(one, state)
 
     def unpack(state: Any) -> Any:
-        def one(path: tuple[Any, ...], x: Any) -> jax.Array:
+        def one(name: tuple[Any, ...], x: Any) -> jax.Array:
             if isinstance(x, Blocks):
-                return decode(x, signed=path[-1].name != "nu")
+                return decode(x, signed=name[-1].name != "nu")
             return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
         return jax.tree_util.tree_map_with_path(one, state,
                                                 is_leaf=lambda x: isinstance(x, Blocks))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: Any = None, *, layer: Any = 0, **others: Any
+               ) -> tuple[Any, Any]:
         updates, state = inner.update(grads, unpack(state), params)
-        return updates, pack(state)
+        return updates, pack(state, layer)
 
-    return optax.GradientTransformation(lambda x: pack(inner.init(x)), update)
+    return optax.GradientTransformationExtraArgs(lambda x: pack(inner.init(x)), update)
 
 
 def is_large(x: Any) -> bool:
@@ -70,7 +78,7 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
     what lies between them is then a layer's size, not the model's.
 
     Args:
-      of: the transformation for the parameter of this path.
+      of: the transformation for the parameter of this path; `update` is told which `layer` it is.
       axes: how many axes a layer's own array has; those before it are of stacks.
       offload: the large leaves of the state lie in the host's memory, and come a layer at a time;
         only where `update`'s `fine` is true do they change.
@@ -95,13 +103,15 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
                 return (jax.device_put(jnp.where(fine, new, old), jax.memory.Space.Host) if far
                         else new)
 
-            def there_and_back(grad: jax.Array, old: Any, param: jax.Array) -> tuple[Any, Any]:
-                old = jax.tree.map(bring, old, large)
-                updates, new = of(path).update(grad, old, param)
-                return updates, jax.tree.map(send, new, old, large)
-            call = there_and_back if offload else of(path).update
-            return over(call, grads[path].ndim - axes(path))(grads[path], state[path],
-                                                             params[path])
+            own = optax.with_extra_args_support(of(path))
+
+            def call(grad: jax.Array, old: Any, param: jax.Array, layer: Any) -> tuple[Any, Any]:
+                here = jax.tree.map(bring, old, large) if offload else old
+                updates, new = own.update(grad, here, param, layer=layer)
+                return updates, jax.tree.map(send, new, here, large) if offload else new
+            lead = grads[path].shape[:grads[path].ndim - axes(path)]
+            return over(call, len(lead))(grads[path], state[path], params[path],
+                                         jnp.arange(math.prod(lead)).reshape(lead))
         both = {path: one(path) for path in grads}
         return ({path: updates for path, (updates, _) in both.items()},
                 {path: new for path, (_, new) in both.items()})

@@ -86,8 +86,8 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
 
     def of(path: str) -> optax.GradientTransformation:
         if name == "adamw":
-            return compact(adam, kept(path))
-        mean = [compact(optax.ema(config.b1), kept(path))] if config.b1 else []
+            return compact(adam, kept(path), path)
+        mean = [compact(optax.ema(config.b1), kept(path), path)] if config.b1 else []
         return optax.chain(factored, *mean)
 
     scaled = adam if (name, dtype, offload) == ("adamw", "float32", False) else each_layer(

@@ -384,8 +384,7 @@ def _rank(one: tuple[Plan, Any]) -> tuple[bool, float, float]:
 
 
 def _others(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:
-    count, raw = topology.chips, setup.raw_config(config)[1]
-    experts = raw.get("n_routed_experts", 1)
+    count, experts = topology.chips, setup.routed_experts(config) or 1
     for expert in _parts(math.gcd(count, experts)):
         for tensor in _parts(min(8, count // expert)):
             for fsdp in _parts(count // expert // tensor):

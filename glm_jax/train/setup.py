@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from glm_jax.adapters import lora, partition
 from glm_jax.adapters.peft import written_targets
+from glm_jax.adapters.targets import ALL_LINEAR
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.chat import chats
@@ -95,7 +96,7 @@ def build(config: Any) -> Run:
     if config.optimizer.offload and mesh.devices.flat[0].platform == "cpu":
         raise UserError("optimizer.offload: a CPU's arrays lie in the host's memory already; leave "
                         "it False")
-    if mesh.shape["expert"] > 1 and "n_routed_experts" not in raw_config(config)[1]:
+    if mesh.shape["expert"] > 1 and not routed_experts(config):
         logging.info("mesh axis 'expert': the model has no experts; as 'fsdp' does, it splits the "
                      "batch and the parameters")
     with use_rules(config.mesh.rules):
@@ -103,6 +104,10 @@ def build(config: Any) -> Run:
         tokenizer = tokenizer_of(config)
         task = make_task(config, tokenizer, mesh)
         parts = make_parts(config, task.head, task.labels, mesh, tokenizer)
+    if (parts.lora_config and parts.lora_config.target_modules == ALL_LINEAR
+            and any(".experts." in path for path in by_path(parts.frozen))):
+        logging.info("adapter.targets: 'all-linear' leaves the routed experts frozen; name layers "
+                     "in adapter.targets, as experts.down_proj, to adapt them")
     return Run(mesh, tokenizer, task, parts)
 
 
@@ -290,6 +295,12 @@ def raw_config(config: Any) -> tuple[Any, dict[str, Any]]:
     path = folders(config)[0] / "config.json"
     raw = read_json(path)
     return architecture_of(raw, str(path)), raw
+
+
+def routed_experts(config: Any) -> int:
+    """How many routed experts a layer of the model has; 0 in a family without any."""
+    architecture, raw = raw_config(config)
+    return getattr(architecture.config.from_dict(raw), "n_routed_experts", 0)
 
 
 def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstract: bool = False

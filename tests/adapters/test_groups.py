@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from glm_jax.adapters import partition
-from glm_jax.adapters.lora import LoRAConfig, attach, merged
+from glm_jax.adapters.lora import LoRA, LoRAConfig, attach, merged
 from glm_jax.adapters.peft import adapter_tensors, inspect_adapter, load_adapter, save_adapter
 from glm_jax.adapters.targets import groups, linears
 from glm_jax.convert.hf import flat, save_model, tensors
@@ -162,10 +162,27 @@ def test_experts_have_files_of_their_own(make, shake, tmp_path):
     np.testing.assert_allclose(logits(again), logits(model), rtol=1e-5, atol=1e-5)
 
 
+def test_all_linear_leaves_routed_experts_out(make, shake, tmp_path):
+    model, config = make(**MOE), LoRAConfig(r=2)
+    attach(model, config)
+    shake(model)
+    adapted = {path for path, layer in linears(model).items() if hasattr(layer, "adapter")}
+    assert linears(model).keys() - adapted == {
+        "lm_head", *(f"layers.mlp.experts.{name}_proj" for name in ("gate", "up", "down"))}
+    save_adapter(model, tmp_path / "out", config, base="base")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert len(found) == 2 * 3 * 7  # A and B of four projections and an MLP in each of three layers
+    assert not any(".experts." in name for name in found)
+    again = make(**MOE)  # by the names written, which mean no expert
+    load_adapter(again, tmp_path / "out")
+    assert flat(again).keys() == flat(model).keys()
+    np.testing.assert_allclose(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_peft_loads_an_adapter_of_a_mixture(make, shake, tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     import transformers
-    targets = ("q_proj", "o_proj")  # peft moves those of experts to where transformers 5 has them
+    targets = ("q_proj", "o_proj")  # peft takes any down_proj for that of the fused experts
     model, config = make(**MOE), LoRAConfig(r=2, target_modules=targets)
     save_model(model, tmp_path / "base")
     attach(model, config)
@@ -177,6 +194,25 @@ def test_peft_loads_an_adapter_of_a_mixture(make, shake, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(logits(model), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("fields", "wanted"), [
+    *((fields, 4) for fields in RELEASED.values()),  # query_key_value, dense and two of the MLP
+    ({"num_key_value_heads": 2}, 6),
+    ({"model_type": "bert", "head": "sequence"}, 6), (MOE | {"num_key_value_heads": 2}, 7)])
+def test_an_input_is_dropped_once_for_each_of_pytorchs_layers(monkeypatch, tiny, fields, wanted):
+    model = nnx.merge(*nnx.split(tiny(**fields)), copy=True)
+    attach(model, LoRAConfig(r=2, lora_dropout=0.5))
+    stacks = 1 + hasattr(model, "dense_layers")
+    seen, own = {}, LoRA.__call__
+
+    def recorded(adapter, x, kernel, key=None, product=None):
+        seen[id(key)] = key
+        return own(adapter, x, kernel, key, product)
+    monkeypatch.setattr(LoRA, "__call__", recorded)
+    batch = as_batch(model.config, np.random.default_rng(1).integers(10, 60, (2, 6)))
+    jax.eval_shape(lambda key: model(batch, key=key)[0], jax.random.key(0))
+    assert len(seen) == stacks * wanted
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -166,7 +166,8 @@ def test_a_layer_split_over_tensor_is_only_summed(raw, lora, tiny):
 
 def test_adapters_on_experts_merge_into_what_they_compute():
     model = shaken(SMALL)
-    attach(model, LoRAConfig(r=2, target_modules="all-linear"))
+    attach(model, LoRAConfig(r=2, target_modules=r"(dense_)?layers\..*"))
+    assert hasattr(model.layers.mlp.experts.gate_proj, "adapter")
     for path, param in flat(model).items():
         if path.endswith("lora_b"):
             param.set_value(param.get_value() + 0.2)

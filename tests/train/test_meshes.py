@@ -72,7 +72,8 @@ def twenty(tiny):
         graphdef, arrays = nnx.split(tiny(head, mesh, **fields, num_attention_heads=8))
         model = nnx.merge(graphdef, jax.tree.map(jnp.copy, arrays))  # a step donates its state
         if method == "lora":
-            lora.attach(model, lora.LoRAConfig(r=4, lora_dropout=0.1))
+            layers = r"(dense_)?layers\..*" if family == "glm4_moe" else "all-linear"  # experts too
+            lora.attach(model, lora.LoRAConfig(r=4, lora_dropout=0.1, target_modules=layers))
         parts = partition(model, ("adapter",) if method == "lora" else (".*",))
         optimizer = optax.adamw(RATE[method])
         state = init_state(by_path(parts[1]), optimizer, mesh)

@@ -109,3 +109,26 @@ def test_each_layer_is_by_itself():
             rms = np.sqrt(np.mean(value[index]**2))
             wanted = value[index] / max(1, rms / (0.5 if path == "a" else 2.0))
             np.testing.assert_allclose(got[path][index], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("of", [
+    lambda path: compact(optax.scale_by_adam(), "bfloat16", path),
+    lambda path: optax.chain(optax.identity(), compact(optax.ema(0.9), "bfloat16", path))])
+def test_every_matrix_is_rounded_by_a_chance_of_its_own(of):
+    """Equal gradients of two parameters, of layers and of their experts: no two round alike."""
+    matrix = jax.random.normal(jax.random.key(0), (64, 64))
+    grads = {path: jnp.broadcast_to(matrix, shape + matrix.shape)
+             for path, shape in {"a": (), "b": (), "stack": (2,), "experts": (2, 2)}.items()}
+    optimizer = each_layer(of, lambda path: 2)
+    update = jax.jit(optimizer.update)
+    state = update(grads, optimizer.init(grads), grads)[1]
+    moments = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
+    every = np.concatenate([np.float32(x).reshape(-1, 64 * 64) for x in moments])
+    kinds = every.shape[0] // 8  # one moment or two of each of eight matrices
+    shares = [(one == other).mean() for kind in range(kinds)
+              for same in [[x for x in every if (x.min() < 0) == (kind == 0)]]
+              for i, one in enumerate(same) for other in same[:i]]
+    assert len(shares) == kinds * 8 * 7 / 2
+    assert min(shares) > 0.5 and max(shares) < 0.8  # alike by chance: 2/3 where evenly spread
+    again = update(grads, optimizer.init(grads), grads)[1]
+    jax.tree.map(np.testing.assert_array_equal, state, again)

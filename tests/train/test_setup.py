@@ -1,5 +1,6 @@
 """From a config to the parts of a run, and what a run folder belongs to."""
 
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +8,14 @@ import optax
 import pytest
 from flax import nnx
 
+from configs import chat
 from glm_jax.convert.hf import init_model, save_model
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.models import architecture_of
 from glm_jax.parallel.mesh import make_mesh
-from glm_jax.train import setup
+from glm_jax.train import plan, setup
+from glm_jax.train.chips import topology
 from glm_jax.train.step import by_path, init_state
 
 
@@ -174,7 +177,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         setup.check_same_run(tmp_path / "file", {"seed": 1})
 
 
-def test_a_routers_bias_is_not_rounded_with_the_rest(smoke, base, tmp_path):
+@pytest.fixture
+def moe(base, tmp_path):
+    """The folder of a mixture of experts."""
     raw = {"model_type": "glm4_moe", "vocab_size": 320, "hidden_size": 16, "intermediate_size": 16,
            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
            "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -183,9 +188,13 @@ def test_a_routers_bias_is_not_rounded_with_the_rest(smoke, base, tmp_path):
     model = init_model(architecture, architecture.config.from_dict(raw), "lm")
     model.layers.mlp.gate.e_score_correction_bias.set_value(jnp.full((1, 4), 0.1234567))
     save_model(model, tmp_path / "moe", files=tokenizer.files)
-    config = smoke(**{"model.path": str(tmp_path / "moe"), "model.dtype": "bfloat16",
+    return tmp_path / "moe"
+
+
+def test_a_routers_bias_is_not_rounded_with_the_rest(smoke, moe):
+    config = smoke(**{"model.path": str(moe), "model.dtype": "bfloat16",
                       "adapter.targets": ("q_proj",), "trainable": ("adapter",)})
-    parts = setup.make_parts(config, "lm", (), make_mesh({"data": 1}), tokenizer)
+    parts = setup.make_parts(config, "lm", (), make_mesh({"data": 1}), load_tokenizer(moe))
     frozen = {".".join(map(str, path)): param.get_value()
               for path, param in nnx.to_flat_state(parts.frozen)}
     assert frozen["layers.mlp.gate.e_score_correction_bias"][0, 0] == jnp.float32(0.1234567)
@@ -199,3 +208,36 @@ def test_experts_axis_of_a_model_without_experts_is_told(smoke, caplog):
     caplog.clear()
     setup.build(smoke(**{"mesh.fsdp": 2}))
     assert "no experts" not in caplog.text
+
+
+def test_experts_that_a_config_does_not_mention_are_the_familys(smoke, moe, caplog):
+    caplog.set_level("INFO", logger="absl")
+    file = moe / "config.json"
+    raw = json.loads(file.read_text())
+    assert setup.routed_experts(smoke(**{"model.path": str(moe)})) == raw.pop("n_routed_experts")
+    file.write_text(json.dumps(raw))
+    config = smoke(**{"model.path": str(moe), "mesh.expert": 2})
+    assert setup.routed_experts(config) == 128
+    with pytest.raises(UserError, match="no head 'sequence'"):  # told is what comes before
+        setup.build(config)
+    assert "no experts" not in caplog.text
+    splits = [change["mesh.expert"] for change in plan._others(config, topology("h100:4"))]
+    assert set(splits) == {1, 2, 4}
+    assert setup.routed_experts(smoke()) == 0
+
+
+def test_that_routed_experts_stay_frozen_is_told(smoke, moe, caplog):
+    caplog.set_level("INFO", logger="absl")
+
+    def trained(*targets):
+        config = chat.get_config("smoke")
+        config.update_from_flattened_dict({
+            "model.path": str(moe), "task.template": "plain", "mesh.data": 1,
+            "adapter.targets": targets})
+        return by_path(setup.build(config).parts.trainable)
+    assert not any(".experts." in path for path in trained("all-linear"))
+    assert "'all-linear' leaves the routed experts frozen" in caplog.text
+    caplog.clear()
+    assert any(".experts." in path for path in trained("q_proj", "experts.down_proj"))
+    setup.build(smoke())
+    assert "routed experts" not in caplog.text

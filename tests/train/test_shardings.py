@@ -119,7 +119,8 @@ def of_family(family, method, sizes):
     model = init_model(architecture, architecture.config.from_dict(raw),
                        "mlm" if family == "bert" else "lm", mesh=mesh, abstract=True)
     if method == "lora":
-        lora.attach(model, lora.LoRAConfig(r=4))
+        layers = r"(dense_)?layers\..*" if family == "glm4_moe" else "all-linear"  # experts too
+        lora.attach(model, lora.LoRAConfig(r=4, target_modules=layers))
     graphdef, trainable, frozen = partition(model, ("adapter",) if method == "lora" else (".*",))
     optimizer = optax.adamw(1e-3)
     state = init_state(by_path(trainable), optimizer, mesh)
