@@ -24,7 +24,7 @@ import jax  # noqa: E402
 from glm_jax.convert.released import read_json  # noqa: E402
 from glm_jax.files import write_json_atomic  # noqa: E402
 from glm_jax.models import REGISTRY, architecture_of  # noqa: E402
-from glm_jax.nn import layers  # noqa: E402
+from glm_jax.nn import compute  # noqa: E402
 from tests import test_golden as golden  # noqa: E402
 
 KINDS = ("forward", "gradient", "generation", "round trip")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", default="", help="where to write the figures of each folder")
     args = parser.parse_args(argv)
     jax.config.update("jax_default_matmul_precision", "highest")
-    layers.UNROLLED = 0  # layers are scanned, as in a deep model
+    compute.UNROLLED = 0  # layers are scanned, as in a deep model
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for folder in [folder for folder in golden.FOLDERS if args.only in folder.name]:
         try:

@@ -38,7 +38,7 @@ from glm_jax.infer.cache import empty_cache
 from glm_jax.infer.generate import generate, left_padded, prefill, step
 from glm_jax.models import architecture_of, as_batch, chatglm6b, head_of
 from glm_jax.models.glm2021 import choices_batch
-from glm_jax.nn import layers
+from glm_jax.nn import compute
 from glm_jax.nn.batch import Batch, blank_batch, causal_batch, visible
 from glm_jax.nn.layers import scan
 from glm_jax.nn.loss import classification_loss, cross_entropy
@@ -60,7 +60,11 @@ FOLDERS = sorted(p for p in ROOT.iterdir() if p.is_dir()) if ROOT.is_dir() else 
 @pytest.fixture(autouse=True)
 def rolled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are scanned, as in a deep model: most of the time here goes into compiling them."""
-    monkeypatch.setattr(layers, "UNROLLED", 0)
+    monkeypatch.setattr(compute, "UNROLLED", 0)
+
+
+def test_layers_are_scanned_here():
+    assert compute.Compute().unroll == 0
 
 
 def test_there_is_something_to_check():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+UNROLLED = 8  # layers that are compiled one by one unless `model.unroll` says otherwise
 LAYER_INPUT, LINEAR = "layer_input", "linear"
 FLASH = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "pallas_call")
 _policies = jax.checkpoint_policies
@@ -54,7 +55,7 @@ class Compute:
 
     kernel: str = "reference"
     remat: str = "none"
-    unroll: int = 8
+    unroll: int = dataclasses.field(default_factory=lambda: UNROLLED)
 
     def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""

@@ -29,7 +29,7 @@ from glm_jax.files import sha256_of_all
 from glm_jax.infer.text import ids_of, settings
 from glm_jax.models import architecture_of
 from glm_jax.nn.batch import Batch
-from glm_jax.nn.compute import REMAT, Compute
+from glm_jax.nn.compute import REMAT, UNROLLED, Compute
 from glm_jax.nn.kernels import choose
 from glm_jax.parallel.mesh import data_ways, make_mesh, own_rows, sharding, use_rules
 from glm_jax.tasks import Task
@@ -233,7 +233,7 @@ def compute_of(config: Any, model: Any, mesh: Mesh | AbstractMesh) -> Compute:
     kernel = choose(config.model.get("attention", "auto"), platform, model.dtype,
                     getattr(model.config, "head_dim", 0), config.batch.length)
     return Compute("splash" if kernel == "cudnn" and not isinstance(mesh, Mesh) else kernel, remat,
-                   config.model.get("unroll", Compute.unroll))
+                   config.model.get("unroll", UNROLLED))
 
 
 def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:

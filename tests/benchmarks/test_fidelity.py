@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 
 from benchmarks import fidelity
-from glm_jax.nn import layers
+from glm_jax.nn import compute
 
 
 def test_the_table_says_what_is_near_and_what_is_not(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(layers, "UNROLLED", layers.UNROLLED)  # which main changes
+    monkeypatch.setattr(compute, "UNROLLED", compute.UNROLLED)  # which main changes
     right, wrong = fidelity.golden.HERE / "golden/glm_seqcls", tmp_path / "wrong"
     shutil.copytree(right, wrong)
     with np.load(wrong / "outputs.npz") as file:

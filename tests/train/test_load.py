@@ -86,7 +86,7 @@ def test_meshes_of_other_folders(base, tmp_path):
     ("fsdp=2,fsdp=4", "each axis once"), ("4", "each axis once"),
     ("rows=2", "--mesh=rows=2: unknown axis 'rows'"),
     ("fsdp=x", "fsdp must be a whole number of devices, not 'x'"),
-    ("fsdp=16", "fsdp=16 needs 16 devices, but there are 8; lower the sizes$"),
+    ("fsdp=16", "fsdp=16 needs 16 devices, but there are 8; lower the sizes or simulate 16"),
     ("fsdp=0", "must be positive"), ("fsdp=-1,tensor=-1", "at most one may be -1")])
 def test_a_bad_mesh_is_named(base, asked, message):
     with pytest.raises(UserError, match=message):
