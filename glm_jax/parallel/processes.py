@@ -23,6 +23,7 @@ START_SECONDS = 300  # a process waits so long for all others to come, then ends
 HEARTBEAT_SECONDS = 60  # one that gives no sign of life for so long is dead; --heartbeat
 WATCH_SECONDS = 1  # between two looks for the dead; a message of a failure comes at once
 TELL_SECONDS = 10  # a process that fails waits so long until all others have read why
+LEAVE_SECONDS = 3  # which the others have to end before process 0 does, of a failure
 SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
 END_SECONDS = 600  # one that is done waits so long for the others to be
 
@@ -149,6 +150,8 @@ def _told(client: Any) -> None:
     """Returns when all processes know of the failure, but soon."""
     with contextlib.suppress(Exception):
         client.wait_at_barrier("told", 1000 * TELL_SECONDS)
+    if _state().process_id == 0:  # it has the service, without which the others' clients abort
+        time.sleep(LEAVE_SECONDS)
 
 
 def _part() -> None:

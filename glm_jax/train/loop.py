@@ -93,6 +93,9 @@ class Loop:
             raise UserError(f"epochs={config.epochs}: {steps:.3g} steps; at most "
                             f"{setup.MOST['steps']} are possible")
         self.steps = round(steps)
+        if config.profile.steps and config.profile.start >= self.steps:
+            raise UserError(f"profile.start={config.profile.start}: a trace begins behind so many "
+                            f"steps, and there are {self.steps}")
         self.schedule = make_schedule(config.optimizer, self.steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.state = init_state(by_path(parts.trainable), optimizer, run.mesh,

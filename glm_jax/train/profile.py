@@ -37,6 +37,10 @@ class Profile:
 
     def close(self) -> None:
         """Writes what there is; at the end of the run at the latest."""
+        if self.first < self.last and self.done < self.first + 1:
+            logging.warning("%s: no trace: profile.start=%d steps come before it, counted from "
+                            "where a run goes on, and %d were made", self.folder, self.first,
+                            self.done)
         if self.running:
             self.running = False
             jax.profiler.stop_trace()

@@ -55,7 +55,7 @@ LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batc
          "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "optimizer.b1": 0,
          "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "task.label_smoothing": 0,
          "mesh.cpu_devices": 0}
-MOST = {"steps": 2**31 - 1, "seed": 2**32 - 1, "optimizer.final": 1}
+MOST = {"steps": 2**31 - 1, "seed": 2**32 - 1, "optimizer.final": 1, "mesh.cpu_devices": 4096}
 
 
 class Parts(NamedTuple):

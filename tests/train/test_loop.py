@@ -297,3 +297,15 @@ def test_a_trace_of_some_steps(smoke, tmp_path, monkeypatch):
         profile.after_step(None)
     profile.close()
     assert calls == [2, 5]
+
+
+def test_a_trace_that_can_not_be_is_refused_or_told(smoke, tmp_path, caplog):
+    with pytest.raises(UserError, match=r"profile\.start=5: .* there are 5"):
+        loop.train(smoke(**{"profile.start": 5, "profile.steps": 2, "steps": 5}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    profile = Profile(SimpleNamespace(start=2, steps=3), tmp_path)
+    for _ in range(2):  # what a run that goes on had left
+        profile.before_step()
+        profile.after_step(None)
+    profile.close()
+    assert "no trace: profile.start=2" in caplog.text
