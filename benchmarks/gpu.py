@@ -224,6 +224,7 @@ class Theirs:
         self.model = model
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, weight_decay=0.01, fused=True)
+
         def rows(of: Callable[[np.ndarray], np.ndarray]) -> Any:
             found = np.stack([np.concatenate([of(text) for text in row]) for row in texts(job)])
             return torch.from_numpy(found.astype(np.int64)).to(self.device)

@@ -187,9 +187,8 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     One compiled body serves all layers: compile time and the number of collectives don't grow
     with depth. A few layers on one device (`compute.unroll`) are compiled one by one: that saves
     the copies in and out of the stacks in training; in a decoding loop it costs more, and
-    `unroll=False` leaves it. Returns the
-    last `x` and the stacked `y`; of layers that are `apart` tuples of each layer's `y`. What is
-    kept of each layer for the derivative is `compute.remat`'s.
+    `unroll=False` leaves it. Returns the last `x` and the stacked `y`; of layers that are `apart`
+    tuples of each layer's `y`. What is kept of each layer for the derivative is `compute.remat`'s.
     """
     if isinstance(layers, nnx.List):
         ys = []

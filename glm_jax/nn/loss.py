@@ -127,12 +127,11 @@ def _forward(how: _How, hidden: Any, kernel: Any, targets: Any, weights: Any
     trained, matrix = kernel.perturbed, kernel.value
     head, (_, rows, length, features) = _head(how, matrix), hidden.value.shape
     devices = (ways("batch", rows, how.spread), ways("length", length, how.spread))
-    # A part's product is as large as the logits; that of all features would be as the head itself.
+    # A part's product is as large as the logits; that of all features would be as the head itself,
+    # but for a GPU's, which adds to the sum where it lies.
     most = _most_logits() * ways("vocab", spread=how.spread) // head.shape[1]
-    width = max(n for n in range(1, features + 1) if features % n == 0 and (n == 1 or n <= most))
-
-    if platform() == "gpu":
-        width = features  # one product there, which adds to the sum where it lies
+    width = features if platform() == "gpu" else max(
+        n for n in range(1, features + 1) if features % n == 0 and (n == 1 or n <= most))
 
     def apart(x: jax.Array) -> jax.Array:
         x = x.reshape(devices[0], rows // devices[0], devices[1], length // devices[1], -1)

@@ -116,7 +116,7 @@ def _asked_mesh(asked: str) -> Mesh:
     try:
         return make_mesh(sizes)
     except UserError as error:  # the doors that load have no --config
-        why = str(error).removeprefix("mesh: ").partition(" or, to simulate")[0]
+        why = str(error).removeprefix("mesh: ").partition(" or simulate ")[0]
         raise UserError(f"--mesh={asked}: {why}") from None
 
 

@@ -52,7 +52,7 @@ def train(config: Any, workdir: Path) -> Finished:
     """
     started = time.monotonic()
     mesh = flatten_dict({"mesh": config.mesh.to_dict()}, sep=".")
-    processes.check_same("config", setup.fields(config) | mesh)  # what they compute together hangs
+    processes.check_same("config", setup.fields(config) | mesh)  # before they compute together
     run = setup.build(config)
     identity = setup.identity(config, run.task)
     processes.check_same("data", identity)

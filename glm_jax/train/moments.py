@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     scale: jax.Array
 
 
-def compact(inner: optax.GradientTransformation, dtype: str, path: str = ""
+def compact(inner: optax.GradientTransformation, dtype: str, path: str
             ) -> optax.GradientTransformationExtraArgs:
     """`inner`, of one array, its moments kept in `dtype`; it computes in float32 all the same.
 

@@ -37,7 +37,7 @@ class Profile:
 
     def close(self) -> None:
         """Writes what there is; at the end of the run at the latest."""
-        if self.first < self.last and self.done < self.first + 1:
+        if not self.running and self.done <= self.first < self.last:
             logging.warning("%s: no trace: profile.start=%d steps come before it, counted from "
                             "where a run goes on, and %d were made", self.folder, self.first,
                             self.done)

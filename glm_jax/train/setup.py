@@ -49,8 +49,7 @@ FREE = ("mesh", "log", "profile", "model.attention", "model.remat", "model.unrol
 # The least that a field may be; without it a run would fail late, or do nothing.
 LEAST = {"steps": 0, "max_skipped": 1, "batch.rows": 1, "batch.length": 4, "batch.examples": 1,
          "batch.accumulate": 1, "model.unroll": 0, "eval.every": 1, "eval.patience": 0,
-         "checkpoint.every": 0,
-         "log.every": 1, "profile.start": 0, "profile.steps": 0, "seed": 0,
+         "checkpoint.every": 0, "log.every": 1, "profile.start": 0, "profile.steps": 0, "seed": 0,
          "optimizer.learning_rate": 0, "optimizer.warmup": 0, "optimizer.final": 0,
          "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "optimizer.b1": 0,
          "optimizer.b2": 0, "optimizer.eps": 1e-30, "optimizer.ema": 0, "task.label_smoothing": 0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu import JOBS, ROOT, SHAPES, texts
+from benchmarks.gpu import JOBS, ROOT, SHAPES, Theirs, texts
 
 pytest.importorskip("peft")
 
@@ -19,6 +19,27 @@ def test_rows_are_full_of_texts():
         assert len(rows) == job.rows and {sum(map(len, row)) for row in rows} == {job.length}
         assert 3 < np.mean([len(row) for row in rows]) < 12
         assert max(t.max() for row in rows for t in row) < SHAPES[job.shape]["vocab_size"]
+
+
+def test_the_peer_keeps_the_texts_of_a_row_apart():
+    job = JOBS["full-2b"]._replace(shape="toy", rows=1, length=1024)
+    lengths = [len(text) for text in texts(job)[0]]
+    assert len(lengths) > 1
+
+    def logits(side):
+        peer = Theirs(job, side, checkpoint=False)
+        with peer.torch.no_grad():
+            whole = peer.model(**peer.inputs).logits[0].numpy()
+            ids, begin, alone = peer.inputs["input_ids"][0], 0, []
+            for length in lengths:
+                alone.append(peer.model(input_ids=ids[None, begin:begin + length]).logits[0])
+                begin += length
+        return whole, np.concatenate(alone), peer.inputs["labels"][0].numpy()
+    whole, alone, labels = logits("theirs")
+    np.testing.assert_allclose(whole, alone, rtol=1e-3, atol=1e-4)
+    assert sorted(np.flatnonzero(labels == -100)) == [0, *np.cumsum(lengths)[:-1]]
+    whole, alone, _ = logits("joined")
+    assert np.abs(whole - alone).max() > 0.01
 
 
 @pytest.mark.slow

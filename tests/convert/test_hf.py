@@ -210,7 +210,7 @@ def test_a_config_that_cannot_be_read_is_named(folder, tmp_path, change, message
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="nope: no such folder"):
+    with pytest.raises(UserError, match=r"nope: no such folder.*hf download"):
         load_model(tmp_path / "nope")
 
 

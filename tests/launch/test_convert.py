@@ -1,6 +1,9 @@
 """launch/convert.py on folders, and launch/models.py."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from glm_jax.convert.hf import save_model
 from tests.convert.test_streaming import CHATGLM, FAMILY, HEADS, read
+from tests.launch.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,16 @@ def test_a_dry_run_prints_all_and_writes_nothing(door, chatglm, tmp_path):
     assert "memory: about 200.0" in done.out
     assert [path for path in sorted(tmp_path.iterdir()) if path not in before] == [
         tmp_path / "door0"]
+
+
+def test_without_pytorch_nothing_is_written_that_was_to_be_verified(chatglm, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/convert.py"), f"--model={chatglm}", "--verify",
+         f"--out={tmp_path / 'out'}"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "torch is not installed: pip install" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_there_and_back_verified(door, chatglm, tmp_path):

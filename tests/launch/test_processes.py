@@ -178,6 +178,23 @@ def test_the_first_process_dies(program):
     assert time.monotonic() - start < 60
 
 
+def test_none_goes_on_before_all_have_read_the_same(program, tmp_path):
+    """Nor says that one is slow which has died, or ends before what differs is told."""
+    same, late = "processes.check_same('data', {'a': 1})", "processes.START_SECONDS = 1"
+    mark = "(folder / str(int(first))).touch()"
+    one, other = program(2, f"processes.check_same('data', {{'a': int(first)}}); {mark}")
+    assert (one.code, other.code) == (2, 2)
+    assert told(other)[0].startswith("error: another config or other data than process 0 has (a: 1")
+    assert told(one) == [told(other)[0].replace("error: ", "error: process 1 failed: ")]
+    one, other = program(2, late, "time.sleep(0 if first else 3)", f"{same}; {mark}")
+    assert any("not all processes had read the data within 1 s" in result.err
+               for result in (one, other)), (one, other)
+    one, other = program(2, "if not first: os.kill(os.getpid(), signal.SIGKILL)", f"{same}; {mark}")
+    assert (one.code, other.code) == (1, -signal.SIGKILL)
+    assert told(one)[-1].startswith("error: process 1 died: nothing was heard of it"), one.err
+    assert not any((tmp_path / name).exists() for name in "01")
+
+
 def test_sigterm_to_one_stops_all_at_the_same_step_and_outside_the_loop_all_at_once(program,
                                                                                     tmp_path):
     both = program(

@@ -49,6 +49,18 @@ def test_the_number_of_logits_bounds_tokens_and_the_heads_parts(logits, monkeypa
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_on_a_gpu_the_heads_gradient_is_one_product_a_chunk(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS", 10)
+    monkeypatch.setattr(loss, "platform", lambda: "gpu")
+    args = inputs()
+    ours = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))).lower(*args)
+    head = "x".join(map(str, args[1].shape))
+    assert re.search(rf"dot_general.*-> tensor<([1x]*){head}xf32>", ours.as_text())
+    for a, b in zip(jax.tree.leaves(ours.compile()(*args)),
+                    jax.tree.leaves(jax.value_and_grad(plain, (0, 1))(*args)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_only_what_is_asked_for_is_differentiated():
     """A frozen head must not cost its gradient: [features, vocabulary] is the largest array."""
     hidden, kernel, targets, weights = inputs()

@@ -86,7 +86,8 @@ def test_meshes_of_other_folders(base, tmp_path):
     ("fsdp=2,fsdp=4", "each axis once"), ("4", "each axis once"),
     ("rows=2", "--mesh=rows=2: unknown axis 'rows'"),
     ("fsdp=x", "fsdp must be a whole number of devices, not 'x'"),
-    ("fsdp=16", "fsdp=16 needs 16 devices, but there are 8; lower the sizes or simulate 16"),
+    ("fsdp=16", "fsdp=16 needs 16 devices, but there are 8; lower the sizes$"),
+    ("tensor=3,fsdp=-1", "a multiple of 3 devices, there are 8; lower the sizes$"),
     ("fsdp=0", "must be positive"), ("fsdp=-1,tensor=-1", "at most one may be -1")])
 def test_a_bad_mesh_is_named(base, asked, message):
     with pytest.raises(UserError, match=message):
@@ -123,6 +124,8 @@ def test_a_base_that_has_changed(run, mesh, base, tmp_path):
 def test_what_can_not_be_loaded(base, mesh, tmp_path):
     with pytest.raises(UserError, match="neither a run folder nor an exported model"):
         load_trained(tmp_path, mesh)
+    with pytest.raises(UserError, match=r"org/name: no such folder.*hf download"):
+        load_trained("org/name", mesh)
     trained = load_trained(base, mesh)
     assert trained.labels == ()
     with pytest.raises(UserError, match="does not classify texts"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -278,6 +279,25 @@ def test_rules_of_the_config_hold_in_the_step(smoke, tmp_path):
     config.mesh.rules = {"length": "data"}  # no parameter has both; activations have
     with pytest.raises(UserError, match="'batch' and 'length' both lie on mesh axis 'data'"):
         loop.train(config, tmp_path)
+
+
+def test_compiling_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch, capsys):
+    made = loop.make_step
+
+    def slow(*args, **kwargs):
+        step, calls = made(*args, **kwargs), []
+
+        def call(*args):
+            time.sleep(0 if calls else 3)
+            calls.append(1)
+            return step(*args)
+        return call
+    monkeypatch.setattr(loop, "make_step", slow)
+    loop.train(smoke(**{"log.every": 3, "eval.every": 6, "checkpoint.every": 0}), tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found[0]["step"] == 3 and found[0]["train/tokens_per_second"] > 3 * 256 / 3
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.match(r".*: [\d,]+ of [\d,]+ parameters train for 6 steps, on 1 cpu; comp", first)
 
 
 def test_a_trace_of_some_steps(smoke, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_rounding_at_random_is_exact_on_average_and_between_neighbours():
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_slow_mean_does_not_stand_still(dtype):
     """With b2=0.999 bfloat16 to the nearest would stay where the first steps left it."""
-    adam = compact(optax.scale_by_adam(b2=0.999), dtype)
+    adam = compact(optax.scale_by_adam(b2=0.999), dtype, "a")
     exact = optax.scale_by_adam(b2=0.999)
     large = jax.random.normal(jax.random.key(0), (64, 64)) + 3
 

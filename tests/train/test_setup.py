@@ -96,6 +96,8 @@ def test_rules_of_the_config_say_how_parameters_lie(smoke):
     ({"optimizer.offload": True}, "optimizer.offload: a CPU's arrays lie in the host's memory"),
     ({"log.every": 0}, "log.every=0"),
     ({"max_skipped": 0}, "max_skipped=0"),
+    ({"model.unroll": -1}, "model.unroll=-1: it must be at least 0"),
+    ({"mesh.cpu_devices": 5000}, "mesh.cpu_devices=5000: it must be at most 4096"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
     ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
     ({"task.label_smoothing": 1.0}, "task.label_smoothing=1.0: it must be below 1"),
