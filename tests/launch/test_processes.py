@@ -6,9 +6,11 @@ import re
 import shutil
 import signal
 import time
+import types
 
 import pytest
 
+from glm_jax.parallel import processes
 from tests.folders import content, rows
 
 SMOKE = "--config=configs/sentiment.py:smoke"
@@ -193,6 +195,20 @@ def test_none_goes_on_before_all_have_read_the_same(program, tmp_path):
     assert (one.code, other.code) == (1, -signal.SIGKILL)
     assert told(one)[-1].startswith("error: process 1 died: nothing was heard of it"), one.err
     assert not any((tmp_path / name).exists() for name in "01")
+
+
+def test_only_a_deadline_is_told_as_one(monkeypatch):
+    class Client:
+        key_value_set = staticmethod(lambda key, value: None)
+        blocking_key_value_get = staticmethod(lambda key, milliseconds: '{"a": 1}')
+
+        @staticmethod
+        def wait_at_barrier(name, milliseconds):
+            raise RuntimeError("UNAVAILABLE: task 1 is gone")
+    state = types.SimpleNamespace(client=Client, process_id=0)
+    monkeypatch.setattr(processes, "_state", lambda: state)
+    with pytest.raises(RuntimeError, match="task 1 is gone"):  # and no UserError
+        processes.check_same("data", {"a": 1})
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step_and_outside_the_loop_all_at_once(program,
