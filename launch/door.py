@@ -74,17 +74,25 @@ def flags_of_processes() -> None:
                          "after which a process counts as dead and the others end", lower_bound=2)
 
 
-def flag_of_mesh() -> None:
-    """Defines what `on_mesh` reads."""
+def flags_of_mesh() -> None:
+    """Defines what `joined` and `on_mesh` read."""
+    flags_of_processes()
     flags.DEFINE_string("mesh", "", "where the model lies: sizes by axis, such as fsdp=4,tensor=2; "
                         "by default in parts on all devices that there are")
 
 
 @contextlib.contextmanager
 def on_mesh(folder: str, axis: str = "") -> Iterator[Any]:
-    """The mesh for the model of a folder (see `mesh_for`); within, the rules of its run hold."""
+    """The mesh for the model of a folder (see `mesh_for`); within, the rules of its run hold.
+
+    Raises:
+      UserError: where another process has other flags; only texts and paths may differ.
+    """
     from glm_jax.parallel.mesh import use_rules
     from glm_jax.train.load import mesh_for
+    processes.check_same("flags", {"mesh": FLAGS.mesh} | {
+        flag.name: flag.value for flag in FLAGS.get_flags_for_module(sys.argv[0])
+        if flag.flag_type() != "string"})
     mesh, rules = mesh_for(folder, FLAGS.mesh, axis)
     with use_rules(rules):
         yield mesh
@@ -114,7 +122,22 @@ def joined() -> Iterator[None]:
     with processes.joined(**given, heartbeat=FLAGS.heartbeat):
         if not processes.speaks() and not FLAGS.verbose:
             standard.disable(standard.WARNING)
-        yield
+        with _one_prints():
+            yield
+
+
+@contextlib.contextmanager
+def _one_prints() -> Iterator[None]:
+    """Within: `print` is the first process' alone, without what gloo writes beside it."""
+    sys.stdout.flush()
+    with (open(os.dup(1), "w", encoding=sys.stdout.encoding) as kept,
+          open(os.devnull, "w") as nowhere,
+          contextlib.redirect_stdout(kept if processes.speaks() else nowhere)):
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 1)
 
 
 def config_name() -> str:

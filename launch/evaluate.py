@@ -18,8 +18,7 @@ from absl import flags
 from glm_jax.parallel import processes
 from launch import door
 
-door.flags_of_processes()
-door.flag_of_mesh()
+door.flags_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of data that has any")

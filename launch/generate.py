@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from glm_jax.parallel import processes
 from launch import door
 
-door.flag_of_mesh()
+door.flags_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a model, a run folder or an adapter", required=True)
 ADAPTER = flags.DEFINE_string("adapter", None, "a PEFT folder to put on top of --model")
 FILE = flags.DEFINE_string("file", "", "a file of prompts")
@@ -150,25 +151,36 @@ def talk(reply: Callable[[list[dict[str, str]]], Iterator[str]], remember: bool,
             history = asked + [{"role": "assistant", "content": said.strip()}]
 
 
-def main() -> None:
+def given() -> list[tuple[dict[str, Any], str]]:
+    """What is asked, and where it stands; nothing where a terminal is to ask."""
     from glm_jax.data.records import split_texts
     from glm_jax.errors import UserError
 
     items = [({"prompt": text}, "") for text in door.arguments()]
     if FILE.value:
         items += read_items(FILE.value)
-    terminal = not items and sys.stdin.isatty()
-    if not items and not terminal:
+    if not items and sys.stdin.isatty():
+        if not processes.alone():
+            raise UserError("no prompt, and several processes don't chat: give prompts as "
+                            "arguments, --file, or standard input")
+        return []
+    if not items:
         items = [({"prompt": text}, "") for text in split_texts(door.read_stdin())]
-    if not items and not terminal:
+    if not items:
         raise UserError("no prompt: give one as an argument, --file, or standard input")
-    with door.on_mesh(MODEL.value, "tensor") as mesh:  # a token's step then gathers no parameters
-        reply(load(mesh), items, terminal)
+    return items
 
 
-def reply(speaker: Any, items: list[tuple[dict[str, Any], str]], terminal: bool) -> None:
+def main() -> None:
+    with door.joined():
+        items = processes.shared("prompts", given)
+        with door.on_mesh(MODEL.value, "tensor") as mesh:  # a token's step gathers no parameters
+            reply(load(mesh), items)
+
+
+def reply(speaker: Any, items: list[tuple[dict[str, Any], str]]) -> None:
     """Answers what was asked, or talks at the terminal."""
-    if not terminal:
+    if items:
         answer(speaker, items)
         return
     import readline  # noqa: F401  arrow keys and history at the prompt

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from glm_jax.parallel import processes
 from launch import door
 
-door.flag_of_mesh()
+door.flags_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 FILE = flags.DEFINE_string("file", "", "a file of texts")
 TEXT = flags.DEFINE_string("text", None, "column of the texts in --file; the run's own by default")
@@ -25,6 +26,14 @@ JSONL = flags.DEFINE_bool("jsonl", False, "one JSON object a line: text, label, 
 
 
 def main() -> None:
+    with door.joined():
+        texts = processes.shared("texts", given)
+        with door.on_mesh(MODEL.value) as mesh:
+            answer(texts, mesh)
+
+
+def given() -> list[str]:
+    """The texts of the arguments, or of standard input."""
     from glm_jax.data.records import split_texts
     from glm_jax.errors import UserError
 
@@ -33,8 +42,7 @@ def main() -> None:
         texts = split_texts(door.read_stdin())
     if not texts and not FILE.value:
         raise UserError("no text: give one as an argument, --file, or standard input")
-    with door.on_mesh(MODEL.value) as mesh:
-        answer(texts, mesh)
+    return texts
 
 
 def answer(texts: list[str], mesh: Any) -> None:
@@ -42,8 +50,8 @@ def answer(texts: list[str], mesh: Any) -> None:
     from glm_jax.train.load import classifier, load_trained
 
     trained = load_trained(MODEL.value, mesh)
-    if FILE.value:
-        texts += read_texts(FILE.value, door.column(TEXT.value, trained, "text"))
+    texts += processes.shared("texts of the file", lambda: read_texts(
+        FILE.value, door.column(TEXT.value, trained, "text")) if FILE.value else [])
     task, run = classifier(trained, mesh)
     for text, p in zip(texts, task.probabilities(run, texts), strict=True):
         label = trained.labels[p.argmax()]

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from glm_jax.convert.released import Index, all_finite
 from glm_jax.convert.written import Tensor
 from glm_jax.errors import UserError
 from glm_jax.models.weights import Weight
+from glm_jax.parallel.mesh import on_host
 
 
 class Source(Protocol):
@@ -158,9 +158,7 @@ class Held:
 
     def at(self, place: tuple[int, ...]) -> np.ndarray:
         array = self._array[place] if place else self._array
-        if not getattr(array, "is_fully_addressable", True):  # NumPy's are
-            array = multihost_utils.process_allgather(array, tiled=True)
-        return np.asarray(array)
+        return on_host(array)
 
 
 def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,

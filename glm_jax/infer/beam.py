@@ -15,7 +15,7 @@ from glm_jax.infer.generate import ROOM, Generation, Room, Stop, make_prompt, st
 from glm_jax.infer.sampling import penalise
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array
-from glm_jax.parallel.mesh import use_mesh_of
+from glm_jax.parallel.mesh import on_host, use_mesh_of
 
 _NEVER = -1e9  # Hugging Face's score of what must not be chosen
 
@@ -77,8 +77,8 @@ def beam_search(model: Any, tokens: Array, attention_mask: Array | None = None, 
         seen = None if beams.repetition_penalty is None else prompt.seen(logits.shape[-1])
         out, lengths, scores = search(prompt.graphdef, prompt.state, cache, logits, seen, stop,
                                       beams, size=prompt.size)
-        return (Generation(np.asarray(out)[:, :max_new_tokens], np.asarray(lengths)),
-                np.asarray(scores))
+        return (Generation(on_host(out)[:, :max_new_tokens], on_host(lengths)),
+                on_host(scores))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size"))

@@ -16,7 +16,7 @@ from glm_jax.models import as_batch
 from glm_jax.nn.attention import Cache
 from glm_jax.nn.batch import Array, Batch
 from glm_jax.nn.layers import apart
-from glm_jax.parallel.mesh import use_mesh_of
+from glm_jax.parallel.mesh import on_host, use_mesh_of
 
 
 class Generation(NamedTuple):
@@ -134,8 +134,8 @@ def stream(model: Any, tokens: Array, attention_mask: Array | None = None, *,
     for until in range(every, max_new_tokens + every, every):
         with use_mesh_of(prompt.state):
             loop = decode(prompt.graphdef, prompt.state, loop, how, stop, key, jnp.int32(until))
-        yield Generation(np.asarray(loop.tokens)[:, :max_new_tokens], np.asarray(loop.lengths))
-        if np.all(loop.done):
+        yield Generation(on_host(loop.tokens)[:, :max_new_tokens], on_host(loop.lengths))
+        if on_host(loop.done).all():
             return
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.errors import UserError
@@ -323,6 +323,13 @@ def put(tree: Any, mesh: Mesh) -> Any:
         where = sharding(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
     return jax.tree.map(one, tree)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array whole, also one that lies in parts in several processes; by all of them."""
+    if not getattr(array, "is_fully_addressable", True):  # NumPy's are
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def own_rows(rows: int, mesh: Mesh) -> frozenset[int]:

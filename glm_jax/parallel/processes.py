@@ -41,6 +41,11 @@ def speaks() -> bool:
     return _state().process_id == 0
 
 
+def alone() -> bool:
+    """Whether there is no other; by what was joined, where JAX would start the devices to say."""
+    return bool(_state().num_processes == 1)
+
+
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
            heartbeat: int = HEARTBEAT_SECONDS) -> Iterator[None]:
@@ -141,8 +146,10 @@ def _tell(error: BaseException, heartbeat: int) -> None:
     if not isinstance(error, UserError | KeyboardInterrupt):
         why = f"{type(error).__name__}: {why}"
     code = 2 if isinstance(error, UserError) else 1  # that of a door
-    with contextlib.suppress(Exception):  # another one has failed before
+    try:
         _client.key_value_set("failed", json.dumps([_state().process_id, why, code]))
+    except Exception:  # another one has failed before: `_watch` says why, and ends this one
+        time.sleep(2 * TELL_SECONDS)
     _told(_client)
 
 
@@ -175,6 +182,19 @@ def _end(message: str, code: int = 1) -> NoReturn:
     os._exit(code)
 
 
+def shared(what: str, make: Callable[[], Any]) -> Any:
+    """In every process what `make` gives in process 0, which alone calls it: a value of JSON.
+
+    The others wait without a limit, as for a text that somebody types; `_watch` sees a failure.
+    """
+    client = _state().client
+    if client is None:
+        return make()
+    if speaks():
+        client.key_value_set(what, json.dumps(make()))
+    return json.loads(client.blocking_key_value_get(what, 2**31 - 1))
+
+
 def check_same(what: str, fields: Mapping[str, Any]) -> None:
     """Raises a UserError in a process where a field differs from process 0's.
 
@@ -183,9 +203,7 @@ def check_same(what: str, fields: Mapping[str, Any]) -> None:
     client, here = _state().client, json.loads(json.dumps(fields))
     if client is None:
         return
-    if speaks():
-        client.key_value_set(what, json.dumps(here))
-    there = json.loads(client.blocking_key_value_get(what, 1000 * START_SECONDS))
+    there = shared(what, lambda: here)
     if other := [name for name in here if there.get(name) != here[name]]:
         shown = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} here"
                           for name in other[:5])

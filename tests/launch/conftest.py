@@ -121,6 +121,23 @@ def pod(doors) -> Callable[..., list[SimpleNamespace]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mesh") / "run"
+
+
+@pytest.fixture
+def trained(run_folder, door, base, reviews):
+    """A run on two devices, split over `fsdp`."""
+    if not run_folder.exists():
+        done = door("train", "--config=configs/sentiment.py:smoke", f"--config.model.path={base}",
+                    f"--config.task.train={reviews}", "--config.steps=4", "--config.eval.every=2",
+                    "--config.checkpoint.every=2", "--config.mesh.cpu_devices=2",
+                    "--config.mesh.fsdp=2", f"--workdir={run_folder}")
+        assert done.code == 0, done.err
+    return run_folder
+
+
 @pytest.fixture
 def refused(door) -> Callable[..., str]:
     """Runs a door that must refuse; its message: one line, no traceback, exit code 2."""

@@ -4,24 +4,7 @@ import json
 
 import pytest
 
-SMOKE = "--config=configs/sentiment.py:smoke"
 MESH = "--mesh=fsdp=2,tensor=2"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tmp_path_factory.mktemp("mesh") / "run"
-
-
-@pytest.fixture
-def trained(run, door, base, reviews):
-    """A run on two devices, split over `fsdp`."""
-    if not run.exists():
-        done = door("train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
-                    "--config.steps=4", "--config.eval.every=2", "--config.checkpoint.every=2",
-                    "--config.mesh.cpu_devices=2", "--config.mesh.fsdp=2", f"--workdir={run}")
-        assert done.code == 0, done.err
-    return run
 
 
 def test_evaluation_and_prediction_equal_one_device(trained, door, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import time
@@ -56,12 +55,6 @@ def told(result):
     return result.err.splitlines()
 
 
-def said(result):
-    """The words of its standard output without gloo's, which several threads write, mixed."""
-    return re.sub(r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected "
-                  r"peer ranks is : |\d+|\n", "", result.out)
-
-
 def when(folder, step, act):
     """Acts on the processes as soon as that step is logged."""
     def wait(pids):
@@ -83,7 +76,7 @@ def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, bas
     one, other = pod(2, *command, *TWO, f"--workdir={whole}")
     assert (one.code, other.code) == (0, 0), (one.err, other.err)
     assert "accuracy" in one.out and told(one) == told(other) == []
-    assert said(other) == ""
+    assert other.out == ""
     assert {path.name for path in whole.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "result.json",
         "report.html"}
@@ -136,6 +129,56 @@ def test_questions_and_answers_in_two_processes(pod, door, base, tmp_path):
         assert here == pytest.approx(there, rel=1e-5)
 
 
+def test_predictions_and_answers_in_two_processes(pod, door, trained, base, tmp_path):
+    """Those of one process, printed by the first; the second has no text of its own."""
+    texts = [("房间干净", "早餐差", "服务周到，早餐很好")[n % 3] * (1 + n) for n in range(5)]
+    file, asked = tmp_path / "texts.txt", tmp_path / "asked.jsonl"
+    file.write_text("\n\n".join(texts))
+    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    predict = ("predict", f"--model={trained}", "--jsonl")
+    generate = ("generate", f"--model={base}", "--max_new_tokens=5")
+    stdin = file.read_bytes()
+    for command, own, devices, mesh in (
+            (predict, [f"--file={file}"], 1, ()), (predict, [], 2, ()),
+            ((*generate, "--jsonl", "--batch=2"), [f"--file={asked}"], 2,
+             ["--mesh=fsdp=2,tensor=2"]),
+            ((*generate, "--num_beams=2", "--repetition_penalty=1.5", "--batch=2"),
+             [f"--file={file}"], 1, ["--mesh=fsdp=2"]),
+            (generate, texts[:1], 1, ())):
+        alone = door(*command, *own, stdin=stdin)
+        one, other = pod(2, *command, *mesh, own=[own, []], devices=devices, stdin=stdin)
+        assert (alone.code, one.code, other.code) == (0, 0, 0), (alone, one, other)
+        assert told(one) == told(other) == [] and other.out == ""
+        if command[0] == "generate":
+            assert one.out == alone.out
+            continue
+        here, there = ([json.loads(line) for line in result.out.splitlines()]
+                       for result in (one, alone))
+        assert [row["text"] for row in here] == texts
+        for row, wanted in zip(here, there, strict=True):
+            assert row["label"] == wanted["label"]
+            assert row["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-6)
+
+
+def test_bad_texts_end_all_with_the_message_of_the_first(pod, trained, base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "text": "a"}\n{"label": "b"}\n')
+    for command, message in (
+            (("predict", f"--model={trained}"), "no text: give one"),
+            (("predict", f"--model={trained}", f"--file={bad}"), f"{bad}:2: no field 'text'"),
+            (("generate", f"--model={base}"), "no prompt: give one"),
+            (("generate", f"--model={base}", f"--file={bad}"), f"{bad}:2: a prompt (a text)")):
+        one, other = pod(2, *command, stdin=b"\n")
+        assert (one.code, other.code) == (2, 2), (one, other)
+        (line,) = told(one)
+        assert line.startswith(f"error: {message}")
+        assert told(other) == [line.replace("error: ", "error: process 0 failed: ")]
+        assert one.out == other.out == ""
+    one, other = pod(2, "generate", f"--model={base}", own=[["a", "--batch=2"], ["--batch=3"]])
+    assert (one.code, other.code) == (2, 2), (one, other)
+    assert "other data than process 0 has (batch: 2 there, 3 here): start" in told(other)[0]
+
+
 def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews, tmp_path):
     bad, other = tmp_path / "bad.csv", tmp_path / "other.csv"
     bad.write_text(reviews.read_text() + "没有标签,\n", encoding="utf-8")
@@ -157,9 +200,9 @@ def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews
 def test_each_process_has_the_rows_of_its_devices(program):
     both = program(2, "from glm_jax.parallel.mesh import make_mesh, own_rows",
                    "for sizes in ({'data': 4}, {'data': 2, 'fsdp': 2}, {'tensor': 4}):",
-                   "    print(sorted(own_rows(8, make_mesh(sizes))))",
+                   "    print(sorted(own_rows(8, make_mesh(sizes))), file=sys.stderr)",
                    before="door.start_devices(2)")
-    assert [result.out.splitlines() for result in both] == [
+    assert [told(result) for result in both] == [
         [str([0, 1, 2, 3])] * 2 + [str(list(range(8)))],
         [str([4, 5, 6, 7])] * 2 + [str(list(range(8)))]]
 
@@ -169,6 +212,14 @@ def test_a_mistake_in_one_process_ends_those_that_wait_for_it(program):
     assert (one.code, other.code) == (1, 1)
     assert told(one) == ["error: process 1 failed: ZeroDivisionError: of ours"]
     assert told(other)[0].startswith("Traceback") and told(other)[-1].endswith("of ours")
+
+
+def test_what_all_find_wrong_at_once_is_told_once_by_each(program):
+    both = program(2, "together('x')", "raise UserError('so')")
+    assert [result.code for result in both] == [2, 2]
+    teller = int(told(both[0]) != ["error: so"])
+    assert told(both[teller]) == ["error: so"]
+    assert told(both[1 - teller]) == [f"error: process {teller} failed: so"]
 
 
 def test_the_first_process_dies(program):
