@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 from glm_jax.errors import Interrupted, UserError
 
 START_SECONDS = 300  # a process waits so long for all others to come, then ends
+READ_SECONDS = 1800  # and so long for them to have read the same data and weights
 HEARTBEAT_SECONDS = 60  # one that gives no sign of life for so long is dead; --heartbeat
 WATCH_SECONDS = 1  # between two looks for the dead; a message of a failure comes at once
 TELL_SECONDS = 10  # a process that fails waits so long until all others have read why
@@ -60,6 +62,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     """
     _join(coordinator, processes, process, heartbeat)
     try:
+        check_same("flags", {"processes": processes, "heartbeat": heartbeat})
         yield
     except Interrupted:  # by all, at the same step
         _part()
@@ -75,6 +78,8 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
     global _client
     import jax
 
+    if coordinator and process == 0:
+        _check_port(coordinator)
     # Else JAX aborts every process as soon as one is dead, before anybody could say which.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM: see asked_to_stop
@@ -98,6 +103,19 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
         late.cancel()
     _client = _state().client
     threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch").start()
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises a UserError where process 0 can't listen: JAX would end by a segmentation fault."""
+    address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)  # as JAX has it
+    port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET,
+                             dualstack_ipv6=both).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"--coordinator={coordinator}: process 0 can't listen at port {port} of "
+                        f"this machine ({why}); name another port in all processes") from None
 
 
 def _watch(client: Any, heartbeat: int) -> None:
@@ -183,20 +201,22 @@ def check_same(what: str, fields: Mapping[str, Any]) -> None:
     client, here = _state().client, json.loads(json.dumps(fields))
     if client is None:
         return
-    if speaks():
-        client.key_value_set(what, json.dumps(here))
-    there = json.loads(client.blocking_key_value_get(what, 1000 * START_SECONDS))
-    if other := [name for name in here if there.get(name) != here[name]]:
-        shown = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} here"
-                          for name in other[:5])
-        raise UserError(f"another config or other data than process 0 has ({shown}): start all "
-                        "processes with the same command, on the same files")
     try:
-        client.wait_at_barrier(f"same {what}", 1000 * START_SECONDS)
+        if speaks():
+            client.key_value_set(what, json.dumps(here))
+        there = json.loads(client.blocking_key_value_get(what, 1000 * READ_SECONDS))
+        if other := [name for name in there | here if there.get(name) != here.get(name)]:
+            shown = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+                              for name in other[:5])
+            raise UserError(f"another config, data or model than process 0 has ({shown}): start "
+                            "all processes with the same command, on the same files")
+        client.wait_at_barrier(f"same {what}", 1000 * READ_SECONDS)
+    except UserError:
+        raise
     except Exception as error:
         if "DEADLINE_EXCEEDED" not in str(error):  # another one has ended: `_watch` says which
             raise
-        raise UserError(f"not all processes had read the {what} within {START_SECONDS} s of each "
+        raise UserError(f"not all processes had read the {what} within {READ_SECONDS} s of each "
                         "other") from error
 
 
