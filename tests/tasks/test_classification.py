@@ -1,5 +1,7 @@
 """Texts and labels to arrays, class weights, and what is refused."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,19 @@ def test_a_long_text_is_cut_to_a_row(load):
     tokens = task.source("train").piece(0, 0).tokens
     assert len(tokens) == SHAPE.length
     assert tokens.tolist() == task.tokenizer.encode("好坏" * 50)[:SHAPE.length]
+
+
+def test_texts_that_are_cut_are_counted_once_a_split(load, caplog):
+    encode = load(TRAIN, TRAIN, TRAIN).tokenizer.encode
+    fits = next(text for n in range(90) if len(encode(text := "房脏早" * n + "床脏")) == SHAPE.length)
+    task = load([(fits, "a"), (fits + "脏", "b"), (fits * 3, "b")], [(fits, "a")],
+                [(fits * 2, "a")])
+    with caplog.at_level(logging.WARNING):
+        for split in ("train", "dev", "test", "train"):
+            task.source(split)
+    assert [record.getMessage().partition(" tokens")[0] for record in caplog.records] == [
+        "train: 2 of 3 are longer than batch.length=32",
+        "test: 1 of 1 are longer than batch.length=32"]
 
 
 def test_class_weights_count_in_training_only(load):
