@@ -77,7 +77,8 @@ def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, bas
                                                                   tmp_path):
     """With the same bytes in two processes, and the same losses in one on another mesh."""
     command = ["train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
-               "--config.steps=8", "--config.eval.every=4", "--config.checkpoint.every=2"]
+               "--config.steps=8", "--config.eval.every=4", "--config.checkpoint.every=2",
+               "--config.batch.length=72"]
     whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
     one, other = pod(2, *command, *TWO, f"--workdir={whole}")
     assert (one.code, other.code) == (0, 0), (one.err, other.err)
