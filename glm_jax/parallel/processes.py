@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -183,7 +184,7 @@ def _part() -> None:
     except Exception as error:
         _end(f"not all processes came to the end within {END_SECONDS} s: {error}")
     _client = None
-    while speaks() and len(client.get_live_nodes(range(jax.process_count()))) > 1:
+    while speaks() and len(client.get_live_nodes(range(_state().num_processes))) > 1:
         time.sleep(0.02)  # it has the service, without which the others' clients abort
     jax.distributed.shutdown()
 
@@ -220,17 +221,27 @@ def check_same(what: str, fields: Mapping[str, Any]) -> None:
                         "other") from error
 
 
-def see(path: Path) -> None:
-    """Returns when process 0 has come here, and others can read what it has written."""
-    from jax.experimental import multihost_utils
+def see(folder: Path) -> None:
+    """Returns when process 0 has come here, and all see one folder, not each its own of that name.
 
-    multihost_utils.sync_global_devices(str(path))
-    end = time.monotonic() + SEE_SECONDS
-    while not path.exists():
-        if time.monotonic() > end:
-            raise UserError(f"{path}: written by process 0, but not to be seen here: "
+    Raises:
+      UserError: in a process that does not.
+    """
+    client, mark = _state().client, folder / ".seen"
+    if client is None:
+        return
+    if speaks():
+        mark.write_text(word := uuid.uuid4().hex, encoding="utf-8")
+        client.key_value_set("seen", word)
+    word, end = client.blocking_key_value_get("seen", 1000 * READ_SECONDS), time.monotonic()
+    while not (mark.exists() and mark.read_text(encoding="utf-8") == word):
+        if time.monotonic() > end + SEE_SECONDS:
+            raise UserError(f"{folder}: what process 0 writes there is not to be seen here: "
                             "processes must share the run folder, on a network file system")
         time.sleep(0.5)
+    client.wait_at_barrier("seen", 1000 * (SEE_SECONDS + TELL_SECONDS))
+    if speaks():
+        mark.unlink()
 
 
 @contextlib.contextmanager

@@ -65,13 +65,13 @@ def train(config: Any, workdir: Path) -> Finished:
             import_wandb()
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
         if not processes.speaks():
-            processes.see(workdir / "config.json")
+            processes.see(workdir)
             return loop.run()
         workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir):
             write_json_atomic(workdir / "config.json", {
                 "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
-            processes.see(workdir / "config.json")
+            processes.see(workdir)
             return loop.run()
 
 

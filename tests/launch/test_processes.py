@@ -214,6 +214,20 @@ def test_none_goes_on_before_all_have_read_the_same(program, tmp_path):
     assert not any((tmp_path / name).exists() for name in "01")
 
 
+def test_a_run_folder_of_each_ones_own(program, tmp_path):
+    """Of the same name on each machine, and both with a run in it: here by two names."""
+    for name in ("False", "True"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".seen").write_text("of another run")
+    both = program(2, "processes.see(folder / 'True')")
+    assert [result.code for result in both] == [0, 0], both
+    assert not (tmp_path / "True/.seen").exists()
+    one, other = program(2, "processes.SEE_SECONDS = 1", "processes.see(folder / str(first))")
+    assert (one.code, other.code) == (2, 2), (one, other)
+    assert "False: what process 0 writes there is not to be seen here" in told(other)[0]
+    assert told(one) == [told(other)[0].replace("error: ", "error: process 1 failed: ")]
+
+
 def test_sigterm_to_one_stops_all_at_the_same_step_and_outside_the_loop_all_at_once(program,
                                                                                     tmp_path):
     both = program(
