@@ -81,18 +81,21 @@ def flags_of_mesh() -> None:
                         "by default in parts on all devices that there are")
 
 
+PATHS = ("model", "adapter", "data", "file", "json")  # flags; what lies there may be a copy
+
+
 @contextlib.contextmanager
 def on_mesh(folder: str, axis: str = "") -> Iterator[Any]:
     """The mesh for the model of a folder (see `mesh_for`); within, the rules of its run hold.
 
     Raises:
-      UserError: where another process has other flags; only texts and paths may differ.
+      UserError: where another process has other flags; only paths may differ.
     """
     from glm_jax.parallel.mesh import use_rules
     from glm_jax.train.load import mesh_for
     processes.check_same("flags", {"mesh": FLAGS.mesh} | {
         flag.name: flag.value for flag in FLAGS.get_flags_for_module(sys.argv[0])
-        if flag.flag_type() != "string"})
+        if flag.name not in PATHS})
     mesh, rules = mesh_for(folder, FLAGS.mesh, axis)
     with use_rules(rules):
         yield mesh

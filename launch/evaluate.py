@@ -57,10 +57,12 @@ def measure(mesh: Any) -> None:
     else:
         raise UserError(f"{MODEL.value} does not say what data it was trained on: give --data")
     task, run = classifier(trained, mesh)
-    result = task.score(run, examples)
+    processes.check_same("data", {
+        "data sha256": task._replace(examples={"": examples}).fingerprint()})
+    name = DATA.value or SPLIT.value
+    result = task.score(run, examples, name)
     if not math.isfinite(result.metrics["loss"]):
         raise UserError(f"{MODEL.value}: {NOT_FINITE}")
-    name = DATA.value or SPLIT.value
     door.console().print(result_table({name: result.metrics}, result.report, name))
     if JSON.value and processes.speaks():
         details = {k: v for k, v in result.report.items() if k != "rows"}

@@ -51,3 +51,22 @@ def test_a_second_process_is_kept_out_and_a_killed_one_is_not_missed(tmp_path):
     with files.locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_tell_files_of_one_size_apart_wherever_they_differ(tmp_path):
+    """Small files by every byte; of large ones first and last, and what lies in a block."""
+    path, seen = tmp_path / "file", set()
+    for at in range(-1, 100):
+        path.write_bytes(bytes(i == at for i in range(100)))
+        seen.add(files.sampled_sha256(path, blocks=4, size=30))
+    assert len(seen) == 101
+    large = {at: bytearray(1000) for at in (None, 0, 330, 999, 100)}
+    for at, content in large.items():
+        if at is not None:
+            content[at] = 1
+        path.write_bytes(content)
+        large[at] = files.sampled_sha256(path, blocks=4, size=30)
+    assert len({*large.values()}) == 4 and large[100] == large[None]  # between two blocks
+    path.write_bytes(bytes(1001))
+    assert files.sampled_sha256(path, blocks=4, size=30) not in large.values()
+    assert files.sha256_of_all([path], files.sampled_sha256) != files.sha256_of_all([path])

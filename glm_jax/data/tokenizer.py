@@ -195,11 +195,15 @@ class Tokenizer:
         Texts are cut so that at most `length` ids are left, the frame's own included.
         """
         found = self._backend.encode(texts, add_special_tokens)
-        if length is None or all(len(ids) <= length for ids in found):
-            return found
-        closing = self._closing if add_special_tokens else 0
+        return found if length is None else self.cut(found, length, add_special_tokens)
+
+    def cut(self, encoded: list[list[int]], length: int, framed: bool = True) -> list[list[int]]:
+        """At most `length` ids of each text; where they are framed, the frame stays whole."""
+        if all(len(ids) <= length for ids in encoded):
+            return encoded
+        closing = self._closing if framed else 0
         return [ids if len(ids) <= length else ids[:length - closing] + ids[len(ids) - closing:]
-                for ids in found]
+                for ids in encoded]
 
     @functools.cached_property
     def _closing(self) -> int:

@@ -8,10 +8,12 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,7 @@ from typing import Any, NoReturn
 from glm_jax.errors import Interrupted, UserError
 
 START_SECONDS = 300  # a process waits so long for all others to come, then ends
+READ_SECONDS = 1800  # and so long for them to have read the same data and weights
 HEARTBEAT_SECONDS = 60  # one that gives no sign of life for so long is dead; --heartbeat
 WATCH_SECONDS = 1  # between two looks for the dead; a message of a failure comes at once
 TELL_SECONDS = 10  # a process that fails waits so long until all others have read why
@@ -65,6 +68,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     """
     _join(coordinator, processes, process, heartbeat)
     try:
+        check_same("flags of processes", {"processes": processes, "heartbeat": heartbeat})
         yield
     except Interrupted:  # by all, at the same step
         _part()
@@ -80,6 +84,8 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
     global _client
     import jax
 
+    if coordinator and process == 0:
+        _check_port(coordinator)
     # Else JAX aborts every process as soon as one is dead, before anybody could say which.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM: see asked_to_stop
@@ -103,6 +109,19 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
         late.cancel()
     _client = _state().client
     threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch").start()
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises a UserError where process 0 can't listen: JAX would end by a segmentation fault."""
+    address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)  # as JAX has it
+    port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET,
+                             dualstack_ipv6=both).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"--coordinator={coordinator}: process 0 can't listen at port {port} of "
+                        f"this machine ({why}); name another port in all processes") from None
 
 
 def _watch(client: Any, heartbeat: int) -> None:
@@ -172,7 +191,7 @@ def _part() -> None:
     except Exception as error:
         _end(f"not all processes came to the end within {END_SECONDS} s: {error}")
     _client = None
-    while speaks() and len(client.get_live_nodes(range(jax.process_count()))) > 1:
+    while speaks() and len(client.get_live_nodes(range(_state().num_processes))) > 1:
         time.sleep(0.02)  # it has the service, without which the others' clients abort
     jax.distributed.shutdown()
 
@@ -204,31 +223,41 @@ def check_same(what: str, fields: Mapping[str, Any]) -> None:
     if client is None:
         return
     there = shared(what, lambda: here)
-    if other := [name for name in here if there.get(name) != here[name]]:
-        shown = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} here"
+    if other := [name for name in there | here if there.get(name) != here.get(name)]:
+        shown = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
                           for name in other[:5])
-        raise UserError(f"another config or other data than process 0 has ({shown}): start all "
+        raise UserError(f"another config, data or model than process 0 has ({shown}): start all "
                         "processes with the same command, on the same files")
     try:
-        client.wait_at_barrier(f"same {what}", 1000 * START_SECONDS)
+        client.wait_at_barrier(f"same {what}", 1000 * READ_SECONDS)
     except Exception as error:
         if "DEADLINE_EXCEEDED" not in str(error):  # another one has ended: `_watch` says which
             raise
-        raise UserError(f"not all processes had read the {what} within {START_SECONDS} s of each "
+        raise UserError(f"not all processes had read the {what} within {READ_SECONDS} s of each "
                         "other") from error
 
 
-def see(path: Path) -> None:
-    """Returns when process 0 has come here, and others can read what it has written."""
-    from jax.experimental import multihost_utils
+def see(folder: Path) -> None:
+    """Returns when process 0 has come here, and all see one folder, not each its own of that name.
 
-    multihost_utils.sync_global_devices(str(path))
-    end = time.monotonic() + SEE_SECONDS
-    while not path.exists():
-        if time.monotonic() > end:
-            raise UserError(f"{path}: written by process 0, but not to be seen here: "
+    Raises:
+      UserError: in a process that does not.
+    """
+    client, mark = _state().client, folder / ".seen"
+    if client is None:
+        return
+    if speaks():
+        mark.write_text(word := uuid.uuid4().hex, encoding="utf-8")
+        client.key_value_set("seen", word)
+    word, end = client.blocking_key_value_get("seen", 1000 * READ_SECONDS), time.monotonic()
+    while not (mark.exists() and mark.read_text(encoding="utf-8") == word):
+        if time.monotonic() > end + SEE_SECONDS:
+            raise UserError(f"{folder}: what process 0 writes there is not to be seen here: "
                             "processes must share the run folder, on a network file system")
         time.sleep(0.5)
+    client.wait_at_barrier("seen", 1000 * (SEE_SECONDS + TELL_SECONDS))
+    if speaks():
+        mark.unlink()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Classify texts: sentiment, topics, any file with a text and a label column."""
 
+import functools
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -111,18 +113,23 @@ class Classification(NamedTuple):
                   for split, rows in self.examples.items()}
         return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids, framed and cut to a row: what Hugging Face's tokenizer gives."""
-        encoded = self.tokenizer.encode_batch(list(texts), length=self.shape.length)
-        return [np.asarray(ids, np.int32) for ids in encoded]
+    def encode(self, texts: Sequence[str], name: str = "texts") -> list[np.ndarray]:
+        """Token ids, framed and cut to a row: what Hugging Face's tokenizer gives.
 
-    def texts(self, rows: Sequence[Example]) -> Texts:
+        How many are cut is logged, once of each `name`.
+        """
+        framed, length = self.tokenizer.encode_batch(list(texts)), self.shape.length
+        if cut := sum(len(ids) > length for ids in framed):
+            _log_cut(name, cut, len(framed), length)
+        return [np.asarray(ids, np.int32) for ids in self.tokenizer.cut(framed, length)]
+
+    def texts(self, rows: Sequence[Example], name: str = "texts") -> Texts:
         number = {label: i for i, label in enumerate(self.labels)}
-        return Texts(self.encode([row.text for row in rows]),
+        return Texts(self.encode([row.text for row in rows], name),
                      [number.get(row.label, 0) for row in rows], (1.0,) * len(self.labels))
 
     def source(self, split: str) -> Texts:
-        texts = self.texts(self.examples[split])
+        texts = self.texts(self.examples[split], split)
         if split != "train":
             return texts
         texts = texts._replace(class_weights=self.class_weights)
@@ -150,7 +157,7 @@ class Classification(NamedTuple):
 
     def evaluate(self, run: Run, split: str) -> Evaluation:
         """Accuracy, macro F1 and mean loss; for the report also classes, confusion and rows."""
-        return self.score(run, self.examples[split])
+        return self.score(run, self.examples[split], split)
 
     def probabilities(self, run: Run, texts: Sequence[str]) -> np.ndarray:
         """Class probabilities of any texts, `[texts, labels]`.
@@ -164,9 +171,9 @@ class Classification(NamedTuple):
             raise UserError(NOT_FINITE)
         return found
 
-    def score(self, run: Run, examples: Sequence[Example]) -> Evaluation:
+    def score(self, run: Run, examples: Sequence[Example], name: str = "texts") -> Evaluation:
         """`evaluate` on any labelled examples."""
-        texts = self.texts(examples)
+        texts = self.texts(examples, name)
         probabilities = each(run, texts, self.shape, self.pad_id)
         truth = np.array(texts.labels)
         losses = -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-30))
@@ -176,6 +183,12 @@ class Classification(NamedTuple):
                  "probabilities": [float(x) for x in p]}
                 for example, p in zip(examples, probabilities, strict=True)]
         return Evaluation({name: result[name] for name in self.metrics}, {**result, "rows": rows})
+
+
+@functools.cache  # dev is encoded for each evaluation
+def _log_cut(name: str, cut: int, rows: int, length: int) -> None:
+    logging.warning("%s: %d of %d are longer than batch.length=%d tokens; the rest of each is cut "
+                    "off", name, cut, rows, length)
 
 
 def weigh_classes(weights: tuple[Any, ...], counts: Mapping[str, int]) -> tuple[float, ...]:

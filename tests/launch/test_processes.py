@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 import types
 
@@ -71,7 +72,8 @@ def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, bas
                                                                   tmp_path):
     """With the same bytes in two processes, and the same losses in one on another mesh."""
     command = ["train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
-               "--config.steps=8", "--config.eval.every=4", "--config.checkpoint.every=2"]
+               "--config.steps=8", "--config.eval.every=4", "--config.checkpoint.every=2",
+               "--config.batch.length=72"]
     whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
     one, other = pod(2, *command, *TWO, f"--workdir={whole}")
     assert (one.code, other.code) == (0, 0), (one.err, other.err)
@@ -86,6 +88,13 @@ def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, bas
     assert [result.code for result in both] == [0, 0], both
     test = json.loads((whole / "result.json").read_text())["test"]
     assert json.loads(scores.read_text())["accuracy"] == test["accuracy"]
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("".join(reviews.read_text().splitlines(keepends=True)[:101]))
+    for own, message in ((f"data={fewer}", "data sha256: "), ("mesh=tensor=2", "mesh: '' there"),
+                         ("split=dev", "split: 'test' there, 'dev' here")):
+        one, other = pod(2, "evaluate", f"--model={whole}", f"--data={reviews}",
+                         own=[[], [f"--{own}"]])
+        assert (one.code, other.code) == (2, 2) and message in told(other)[-1], (one, other)
 
     ended = []
 
@@ -176,25 +185,33 @@ def test_bad_texts_end_all_with_the_message_of_the_first(pod, trained, base, tmp
         assert one.out == other.out == ""
     one, other = pod(2, "generate", f"--model={base}", own=[["a", "--batch=2"], ["--batch=3"]])
     assert (one.code, other.code) == (2, 2), (one, other)
-    assert "other data than process 0 has (batch: 2 there, 3 here): start" in told(other)[0]
+    assert "model than process 0 has (batch: 2 there, 3 here): start all" in told(other)[0]
 
 
 def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     bad, other = tmp_path / "bad.csv", tmp_path / "other.csv"
     bad.write_text(reviews.read_text() + "没有标签,\n", encoding="utf-8")
     other.write_text(reviews.read_text() + "另一条评论很好,好\n", encoding="utf-8")
     command = ["train", SMOKE, f"--config.model.path={base}", *TWO,
                f"--workdir={tmp_path / 'run'}"]
-    for own, message in ((f"task.train={bad}", "bad.csv:242: the label"),
-                         (f"task.train={other}", "data sha256"),
-                         ("adapter.r=4", "adapter.r: 8 there, 4 here")):
+    for own, message in ((f"config.task.train={bad}", "bad.csv:242: the label"),
+                         (f"config.task.train={other}", "data sha256"),
+                         (f"config.model.path={model}", "(weights sha256: "),
+                         ("config.adapter.r=4", "adapter.r: 8 there, 4 here"),
+                         ("config.model.remat=full", "remat: 'none' there, 'full' here"),
+                         (f"workdir={tmp_path / 'own'}", "workdir: "),
+                         ("heartbeat=4", f"heartbeat: {HEARTBEAT} there, 4 here")):
         first, second = pod(2, *command, f"--config.task.train={reviews}",
-                            own=[[], [f"--config.{own}"]])
+                            own=[[], [f"--{own}"]])
         assert (first.code, second.code) == (2, 2), (first.err, second.err)
         (line,) = told(second)
         assert line.startswith("error: ") and message in line
         assert told(first) == [line.replace("error: ", "error: process 1 failed: ")]
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "own").exists()
 
 
 def test_each_process_has_the_rows_of_its_devices(program):
@@ -233,12 +250,14 @@ def test_the_first_process_dies(program):
 
 def test_none_goes_on_before_all_have_read_the_same(program, tmp_path):
     """Nor says that one is slow which has died, or ends before what differs is told."""
-    same, late = "processes.check_same('data', {'a': 1})", "processes.START_SECONDS = 1"
+    same, late = "processes.check_same('data', {'a': 1})", "processes.READ_SECONDS = 1"
     mark = "(folder / str(int(first))).touch()"
     one, other = program(2, f"processes.check_same('data', {{'a': int(first)}}); {mark}")
     assert (one.code, other.code) == (2, 2)
-    assert told(other)[0].startswith("error: another config or other data than process 0 has (a: 1")
+    assert "another config, data or model than process 0 has (a: 1 " in told(other)[0]
     assert told(one) == [told(other)[0].replace("error: ", "error: process 1 failed: ")]
+    one, other = program(2, f"processes.check_same('data', {{'a': 1}} if first else {{}}); {mark}")
+    assert (one.code, other.code) == (2, 2) and "(a: 1 there, None here)" in told(other)[0]
     one, other = program(2, late, "time.sleep(0 if first else 3)", f"{same}; {mark}")
     assert any("not all processes had read the data within 1 s" in result.err
                for result in (one, other)), (one, other)
@@ -260,6 +279,20 @@ def test_only_a_deadline_is_told_as_one(monkeypatch):
     monkeypatch.setattr(processes, "_state", lambda: state)
     with pytest.raises(RuntimeError, match="task 1 is gone"):  # and no UserError
         processes.check_same("data", {"a": 1})
+
+
+def test_a_run_folder_of_each_ones_own(program, tmp_path):
+    """Of the same name on each machine, and both with a run in it: here by two names."""
+    for name in ("False", "True"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".seen").write_text("of another run")
+    both = program(2, "processes.see(folder / 'True')")
+    assert [result.code for result in both] == [0, 0], both
+    assert not (tmp_path / "True/.seen").exists()
+    one, other = program(2, "processes.SEE_SECONDS = 1", "processes.see(folder / str(first))")
+    assert (one.code, other.code) == (2, 2), (one, other)
+    assert "False: what process 0 writes there is not to be seen here" in told(other)[0]
+    assert told(one) == [told(other)[0].replace("error: ", "error: process 1 failed: ")]
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step_and_outside_the_loop_all_at_once(program,
@@ -293,6 +326,13 @@ def test_a_process_that_never_comes(doors, tmp_path):
                       "--process=1"))
     assert alone.code == 1 and told(alone)[-1].startswith(
         "error: not all processes came within 2 s: each must be started"), alone.err
+
+
+def test_a_port_that_is_taken(refused):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"can't listen at port {port} of this machine (Address already in use)" in refused(
+            "train", SMOKE, f"--coordinator=127.0.0.1:{port}", "--processes=2", "--process=0")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

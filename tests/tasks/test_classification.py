@@ -1,5 +1,7 @@
 """Texts and labels to arrays, class weights, and what is refused."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,22 @@ def test_a_long_text_is_cut_to_a_row(load):
     tokens = task.source("train").piece(0, 0).tokens
     assert len(tokens) == SHAPE.length
     assert tokens.tolist() == task.tokenizer.encode("好坏" * 50)[:SHAPE.length]
+
+
+def test_texts_that_are_cut_are_counted_once_a_split(load, caplog):
+    encode = load(TRAIN, TRAIN, TRAIN).tokenizer.encode
+    draw = np.random.default_rng(0)
+    texts = ("".join(draw.choice(list("房间干净早餐"), n)) for n in range(90))
+    fits = next(text for text in texts if len(encode(text)) == SHAPE.length)
+    task = load([(fits, "a"), (fits + "!", "b"), (fits * 3, "b")], [(fits, "a")],
+                [(fits * 2, "a")])
+    with caplog.at_level(logging.WARNING):
+        for split in ("train", "dev", "test", "train"):
+            task.source(split)
+    said = [text for text in caplog.messages if "longer" in text]
+    assert [text.partition(" tokens")[0] for text in said] == [
+        "train: 2 of 3 are longer than batch.length=32",
+        "test: 1 of 1 are longer than batch.length=32"]
 
 
 def test_class_weights_count_in_training_only(load):

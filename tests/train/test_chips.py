@@ -16,6 +16,9 @@ def test_topologies(text, chips, slices):
 @pytest.mark.parametrize(("text", "message"), [
     ("v5e", "KIND:SHAPE is wanted"), ("v7:2x2", "kinds: v4, v5e"), ("v5e:0x4", "KIND:SHAPE"),
     ("v5e:4x4x4", "a slice of v5e has 2 sides"), ("v5p:4x4", "a slice of v5p has 3 sides"),
+    ("v6e-16", ": v6e:4x4$"), ("v5litepod-16", ": v5e:4x4$"), ("v5e-256", ": v5e:16x16$"),
+    ("v5p-32", ": v5p:2x2x4$"), ("v4-8", ": v4:2x2x1$"), ("v4-2048", ": v4:8x8x16$"),
+    ("v6e-17", "KIND:SHAPE"), ("v4-9", "KIND:SHAPE"), ("h100-8", "KIND:SHAPE"),
     ("h100:4x2", "GPUs are only counted"), ("2xh100:8", "GPUs are only counted")])
 def test_topologies_that_are_none(text, message):
     with pytest.raises(UserError, match=message):
