@@ -28,7 +28,8 @@ def run(smoke, runs, tmp_path_factory):
     def make(variant=""):
         if variant not in runs:
             runs[variant] = tmp_path_factory.mktemp("runs") / "run"
-            train(smoke(variant, **{"optimizer.learning_rate": 0.02}), runs[variant])
+            train(smoke(variant, **{"optimizer.learning_rate": 0.02, "batch.length": 72}),
+                  runs[variant])
         return runs[variant]
     return make
 

@@ -138,35 +138,38 @@ def test_questions_and_answers_in_two_processes(pod, door, base, tmp_path):
         assert here == pytest.approx(there, rel=1e-5)
 
 
-def test_predictions_and_answers_in_two_processes(pod, door, trained, base, tmp_path):
+@pytest.mark.parametrize(("command", "own", "devices"), [
+    (("predict", "--jsonl"), (), 2),
+    (("generate", "--jsonl", "--batch=2", "--mesh=fsdp=2,tensor=2"), ("--file=asked.jsonl",), 2),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        (("predict", "--jsonl"), ("--file=texts.txt",), 1),
+        (("generate", "--num_beams=2", "--repetition_penalty=1.5", "--batch=2", "--mesh=fsdp=2"),
+         ("--file=texts.txt",), 1),
+        (("generate",), ("房间干净",), 1)))])
+def test_predictions_and_answers_in_two_processes(pod, door, trained, base, tmp_path, command, own,
+                                                  devices):
     """Those of one process, printed by the first; the second has no text of its own."""
     texts = [("房间干净", "早餐差", "服务周到，早餐很好")[n % 3] * (1 + n) for n in range(5)]
-    file, asked = tmp_path / "texts.txt", tmp_path / "asked.jsonl"
-    file.write_text("\n\n".join(texts))
-    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    predict = ("predict", f"--model={trained}", "--jsonl")
-    generate = ("generate", f"--model={base}", "--max_new_tokens=5")
-    stdin = file.read_bytes()
-    for command, own, devices, mesh in (
-            (predict, [f"--file={file}"], 1, ()), (predict, [], 2, ()),
-            ((*generate, "--jsonl", "--batch=2"), [f"--file={asked}"], 2,
-             ["--mesh=fsdp=2,tensor=2"]),
-            ((*generate, "--num_beams=2", "--repetition_penalty=1.5", "--batch=2"),
-             [f"--file={file}"], 1, ["--mesh=fsdp=2"]),
-            (generate, texts[:1], 1, ())):
-        alone = door(*command, *own, stdin=stdin)
-        one, other = pod(2, *command, *mesh, own=[own, []], devices=devices, stdin=stdin)
-        assert (alone.code, one.code, other.code) == (0, 0, 0), (alone, one, other)
-        assert told(one) == told(other) == [] and other.out == ""
-        if command[0] == "generate":
-            assert one.out == alone.out
-            continue
-        here, there = ([json.loads(line) for line in result.out.splitlines()]
-                       for result in (one, alone))
-        assert [row["text"] for row in here] == texts
-        for row, wanted in zip(here, there, strict=True):
-            assert row["label"] == wanted["label"]
-            assert row["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-6)
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    own = [one.replace("--file=", f"--file={tmp_path}/") for one in own]
+    door_name, *flags = command
+    flags += ([f"--model={trained}"] if door_name == "predict" else
+              [f"--model={base}", "--max_new_tokens=5"])
+    stdin = "\n\n".join(texts).encode()
+    alone = door(door_name, *(flag for flag in flags if flag[:6] != "--mesh"), *own, stdin=stdin)
+    one, other = pod(2, door_name, *flags, own=[own, []], devices=devices, stdin=stdin)
+    assert (alone.code, one.code, other.code) == (0, 0, 0), (alone, one, other)
+    assert told(one) == told(other) == [] and other.out == ""
+    if door_name == "generate":
+        assert one.out == alone.out
+        return
+    here, there = ([json.loads(line) for line in result.out.splitlines()]
+                   for result in (one, alone))
+    assert [row["text"] for row in here] == texts
+    for row, wanted in zip(here, there, strict=True):
+        assert row["label"] == wanted["label"]
+        assert row["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-6)
 
 
 def test_bad_texts_end_all_with_the_message_of_the_first(pod, trained, base, tmp_path):
