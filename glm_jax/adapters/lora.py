@@ -21,7 +21,7 @@ from glm_jax.errors import UserError
 from glm_jax.nn.compute import LINEAR
 from glm_jax.nn.layers import Product
 from glm_jax.nn.matmul import matmul, over_outputs, over_tokens, rounds
-from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding
+from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding, split_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,9 @@ class LoRA(nnx.Module):
         # A small change is lost when its sum with the kernel is rounded to bfloat16.
         if mask is None and not (few or rounds(x)) and x.dtype == jnp.float32:
             return folded(x, kernel, a, b, scale)
-        if platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]:
+        # Nothing is appended to an axis that a mesh splits: activations would move for it.
+        if (platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]
+                and not split_over(self.axes[0], kernel.shape[0], gathered=True)):
             return appended(x, kernel, a, b, mask, scale)
         return lora(x, matmul(x, kernel), a, b, mask, scale)
 
