@@ -21,7 +21,7 @@ from glm_jax.errors import UserError
 from glm_jax.nn.compute import LINEAR
 from glm_jax.nn.layers import Product
 from glm_jax.nn.matmul import matmul, over_outputs, over_tokens, rounds
-from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding
+from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding, split_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,9 @@ class LoRA(nnx.Module):
             return folded(x, kernel, a, b, scale)
         all_low, begin = (low or self.lows([self], x, [key])[0])()
         end = begin + b.shape[0]
-        if platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]:
+        # Nothing is appended to an axis that a mesh splits: activations would move for it.
+        if (platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]
+                and not split_over(self.axes[0], kernel.shape[0], gathered=True)):
             b = jnp.pad(b, ((begin, all_low.shape[-1] - end), (0, 0)))  # zero for the others' part
             return appended(x, all_low, kernel, b, scale)
         return lora(matmul(x, kernel), all_low[..., begin:end], b, scale)

@@ -148,6 +148,18 @@ def test_layers_with_one_input_share_the_product_of_their_a(monkeypatch, platfor
     assert len(narrow) == products
 
 
+@pytest.mark.parametrize(("axes", "products"), [(("embed", "mlp"), 2), (("mlp", "embed"), 3)])
+def test_what_a_mesh_splits_is_not_appended_to(monkeypatch, axes, products):
+    """A concatenation along a split axis would send the activations from device to device."""
+    monkeypatch.setattr("glm_jax.adapters.lora.platform", lambda: "gpu")
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    adapter = LoRA(jnp.ones((32, 2)), jnp.ones((2, 48)), axes, LoRAConfig(r=2))
+    with jax.set_mesh(mesh):
+        traced = jax.make_jaxpr(adapter)(jnp.ones((64, 32), jnp.bfloat16),
+                                         jnp.ones((32, 48), jnp.bfloat16))
+    assert str(traced).count("dot_general") == products
+
+
 def test_in_bfloat16_the_gradients_of_float32_parameters_stay_float32():
     keys = jax.random.split(jax.random.key(0), 4)
     x, y = (jax.random.normal(k, (256, 16), jnp.bfloat16) for k in keys[:2])
