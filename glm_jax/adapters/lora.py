@@ -6,8 +6,8 @@ y = W x + b + s B A x, with s = alpha / r, or alpha / sqrt(r) for rsLoRA. Names 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from glm_jax.errors import UserError
 from glm_jax.nn.compute import LINEAR
 from glm_jax.nn.layers import Product
 from glm_jax.nn.matmul import matmul, over_outputs, over_tokens, rounds
-from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding
+from glm_jax.parallel.mesh import constrain, make_mesh, platform, sharding, split_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +85,61 @@ class LoRA(nnx.Module):
         self.lora_b = nnx.Param(lora_b, axes=(*axes[:-2], "rank", axes[-1]))
 
     def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None,
-                 product: Product | None = None) -> jax.Array:
-        """`x [..., in]` through the layer's `kernel [in, out]` and the adapter: `[..., out]`."""
+                 product: Product | None = None, low: "Callable[[], Low] | None" = None
+                 ) -> jax.Array:
+        """`x [..., in]` through the layer's `kernel [in, out]` and the adapter: `[..., out]`.
+
+        Args:
+          low: one of `lows`, where other layers have the same input.
+        """
+        drops = key is not None and self.dropout > 0
+        scale = self.scale / (1 - self.dropout) if drops else self.scale
         if product is not None:
-            scale, into = self.scale, x
-            if key is not None and self.dropout:
-                into = _dropped(x, dropout_mask(key, x.shape, self.dropout))
-                scale /= 1 - self.dropout
-            low = product(into, self.lora_a[...].astype(x.dtype))
-            return product(x, kernel) + scale * product(low, self.lora_b[...].astype(x.dtype))
-        a = constrain(self.lora_a[...], self.axes[0], "rank", gathered=True)
+            narrow = product(_dropped(x, self.mask(x, key)), self.lora_a[...].astype(x.dtype))
+            return product(x, kernel) + scale * product(narrow, self.lora_b[...].astype(x.dtype))
         b = constrain(self.lora_b[...], "rank", self.axes[1], gathered=True)
-        mask, scale = None, self.scale
-        if key is not None and self.dropout:
-            mask, scale = dropout_mask(key, x.shape, self.dropout), scale / (1 - self.dropout)
         few = x.size // x.shape[-1] * sum(kernel.shape) < kernel.size  # as when decoding
         # A small change is lost when its sum with the kernel is rounded to bfloat16.
-        if mask is None and not (few or rounds(x)) and x.dtype == jnp.float32:
+        if not (drops or few or rounds(x)) and x.dtype == jnp.float32:
+            a = constrain(self.lora_a[...], self.axes[0], "rank", gathered=True)
             return folded(x, kernel, a, b, scale)
-        if platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]:
-            return appended(x, kernel, a, b, mask, scale)
-        return lora(x, matmul(x, kernel), a, b, mask, scale)
+        all_low, begin = (low or self.lows([self], x, [key])[0])()
+        end = begin + b.shape[0]
+        # Nothing is appended to an axis that a mesh splits: activations would move for it.
+        if (platform() == "gpu" and not few and kernel.shape[0] < kernel.shape[1]
+                and not split_over(self.axes[0], kernel.shape[0], gathered=True)):
+            b = jnp.pad(b, ((begin, all_low.shape[-1] - end), (0, 0)))  # zero for the others' part
+            return appended(x, all_low, kernel, b, scale)
+        return lora(matmul(x, kernel), all_low[..., begin:end], b, scale)
+
+    @staticmethod
+    def lows(adapters: Sequence["LoRA"], x: jax.Array, keys: Sequence[jax.Array | None]
+             ) -> list[Callable[[], "Low"]]:
+        """For layers with one input `[..., in]`: what their A's make of it, in one product.
+
+        With dropout each has an input of its own; but those that share A, since a checkpoint joins
+        their layers, drop the same, as PEFT does. Nothing is computed before it is asked for.
+        """
+        ids = [id(adapter.lora_a) for adapter in adapters]
+        apart = keys[0] is not None and adapters[0].dropout > 0
+
+        @functools.cache
+        def joined(*of: int) -> jax.Array:
+            a = [constrain(adapters[n].lora_a[...], adapters[n].axes[0], "rank", gathered=True)
+                 for n in of]
+            mask = adapters[of[0]].mask(x, keys[of[0]])
+            return checkpoint_name(thin(x, jnp.concatenate(a, axis=-1), mask), LINEAR)
+
+        def low(one: int) -> Low:
+            of = (one,) if apart else tuple(dict.fromkeys(ids.index(other) for other in ids))
+            return Low(joined(*of), of.index(one) * adapters[one].lora_a.shape[-1])
+        return [functools.partial(low, ids.index(one)) for one in ids]
+
+    def mask(self, x: jax.Array, key: jax.Array | None) -> jax.Array | None:
+        """Of dropout on `x [..., in]`; none without."""
+        if key is None or not self.dropout:
+            return None
+        return dropout_mask(key, x.shape, self.dropout)
 
     def merged(self, kernel: jax.Array) -> jax.Array:
         """W + s A B in float32, in the kernel's dtype and layout."""
@@ -115,75 +149,79 @@ class LoRA(nnx.Module):
         return jax.device_put(whole, kernel.sharding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def lora(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
-         scale: float) -> jax.Array:
-    """y + scale * (mask * x) a b, in the dtype of `x`; gradients of a and b in theirs.
+class Low(NamedTuple):
+    """Thin products of layers with one input, `[tokens, r + r + …]`, and where a layer's begins."""
 
-    The derivative is written out for CPU's sake: there the two sums over tokens run an order of
-    magnitude slower unless the thin matrix is transposed first, which XLA undoes where it can.
+    all: jax.Array
+    begin: int
+
+
+@jax.custom_vjp
+def thin(x: jax.Array, a: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """(mask * x) a, in the dtype of `x`, of all tokens on one axis; the gradient of a in its own.
+
+    Its derivative and that of `lora` are written out for CPU's sake: there sums over tokens run an
+    order of magnitude slower unless the thin matrix is transposed first, which XLA undoes where it
+    can.
 
     Args:
-      x: `[..., in]`; y: `[..., out]`; a: `[in, r]`; b: `[r, out]`.
+      x: `[..., in]`; a: `[in, r]`.
       mask: like `x`, bool, False where an input is dropped; none without dropout.
     """
-    return _forward(x, y, a, b, mask, scale)[0]
+    return _rows(_dropped(x, mask)) @ a.astype(x.dtype)
 
 
-def _forward(x: jax.Array, y: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
-             scale: float) -> tuple[jax.Array, Any]:
-    low = checkpoint_name(_rows(_dropped(x, mask)) @ a.astype(x.dtype), LINEAR)
-    delta = (scale * low) @ b.astype(x.dtype)
-    # x as it came: layers that share an input then share its copy for the derivative.
-    return y + delta.reshape(y.shape).astype(y.dtype), (x, low, a, b, mask)
-
-
-def _backward(scale: float, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
-    x, low, a, b, mask = saved
-    rows = _rows(dy)
-    dlow = jnp.matmul(rows, (scale * b).astype(rows.dtype).T)
-    db = _over_tokens(scale * low, rows, b.dtype)
+def _thin_backward(saved: Any, dlow: jax.Array) -> tuple[Any, ...]:
+    x, a, mask = saved  # x as it came: layers that share an input then share its copy
     da = jax.lax.optimization_barrier(_over_tokens(dlow, _rows(_dropped(x, mask)), a.dtype)).T
     dx = jnp.matmul(dlow, a.astype(dlow.dtype).T).reshape(x.shape)
-    return _dropped(dx, mask), dy, da, db, None
+    return _dropped(dx, mask), da, None
 
 
-lora.defvjp(_forward, _backward)
+thin.defvjp(lambda x, a, mask: (thin(x, a, mask), (x, a, mask)), _thin_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def appended(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
-             scale: float) -> jax.Array:
-    """`lora` of x kernel as one product, `[x, scale * (mask * x) a] [kernel, b]`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def lora(y: jax.Array, low: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """y + scale * low b, in the dtype of `y`: `[..., out]`, `thin`'s `[tokens, r]`, `[r, out]`."""
+    return y + ((scale * low) @ b.astype(low.dtype)).reshape(y.shape).astype(y.dtype)
+
+
+def _backward(scale: float, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    low, b = saved
+    rows = _rows(dy)
+    dlow = jnp.matmul(rows, (scale * b).astype(rows.dtype).T).astype(low.dtype)
+    return dy, dlow, _over_tokens(scale * low, rows, b.dtype)
+
+
+lora.defvjp(lambda y, low, b, scale: (lora(y, low, b, scale), (low, b)), _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def appended(x: jax.Array, low: jax.Array, kernel: jax.Array, b: jax.Array, scale: float
+             ) -> jax.Array:
+    """`lora` of x kernel as one product, `[x, scale * low] [kernel, b]`.
 
     On a GPU a layer that gives more than it takes is done sooner: what the thin product gives need
     not be written, nor read for the sum. The gradient of the kernel `[in, out]` is computed only
     when it is asked for.
     """
-    return _append(x, kernel, a, b, mask, scale)[0]
-
-
-def _append(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array | None,
-            scale: float) -> tuple[jax.Array, Any]:
-    low = checkpoint_name(_rows(_dropped(x, mask)) @ a.astype(x.dtype), LINEAR)
     y = matmul(jnp.concatenate([_rows(x), scale * low], axis=-1),
                jnp.concatenate([kernel, b.astype(x.dtype)]))
-    return y.reshape(*x.shape[:-1], y.shape[-1]), (x, low, a, b, mask)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _appended_forward(x: Any, kernel: Any, a: Any, b: Any, mask: Any, scale: float
+def _appended_forward(x: Any, low: Any, kernel: Any, b: Any, scale: float
                       ) -> tuple[jax.Array, Any]:
-    trained = () if kernel.perturbed else None
-    x, kernel, a, b, mask = jax.tree.map(lambda one: one.value, (x, kernel, a, b, mask))
-    y, thin = _append(x, kernel, a, b, mask, scale)
-    return y, (trained, kernel, thin)
+    arrays = x.value, low.value, kernel.value, b.value
+    return appended(*arrays, scale), (*arrays, () if kernel.perturbed else None)
 
 
 def _appended_backward(scale: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    trained, kernel, thin = saved
-    dx, _, da, db, _ = _backward(scale, thin, dy)
-    dkernel = None if trained is None else over_tokens(thin[0], dy).astype(kernel.dtype)
-    return dx + over_outputs(dy, kernel), dkernel, da, db, None
+    x, low, kernel, b, trained = saved
+    _, dlow, db = _backward(scale, (low, b), dy)
+    dkernel = None if trained is None else over_tokens(x, dy).astype(kernel.dtype)
+    return over_outputs(dy, kernel), dlow, dkernel, db
 
 
 appended.defvjp(_appended_forward, _appended_backward, symbolic_zeros=True)

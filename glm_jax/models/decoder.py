@@ -22,7 +22,7 @@ from glm_jax.nn.layers import (
     Linear,
     Product,
     RMSNorm,
-    dropout_keys,
+    of_one_input,
     scan,
     stack,
     swiglu,
@@ -94,12 +94,11 @@ class Attention(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
-        own = dropout_keys((self.q_proj, self.k_proj, self.v_proj), keys[:3])
-        query, key = heads(self.q_proj(x, own[0])), heads(self.k_proj(x, own[1]))
+        query, key, value = map(heads, of_one_input((self.q_proj, self.k_proj, self.v_proj), x,
+                                                    keys[:3]))
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self.rotate(query, *rotary), self.rotate(key, *rotary)
-        value = heads(self.v_proj(x, own[2]))
         if cache is not None:
             key, value = (jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
                           for old, new in zip(cache, (key, value), strict=True))
@@ -122,9 +121,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, ("mlp", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
-        gate, up = dropout_keys((self.gate_proj, self.up_proj), keys[:3:2])
-        inner = swiglu(self.gate_proj(x, gate), self.up_proj(x, up))
-        return self.down_proj(inner, keys[1])
+        gate, up = of_one_input((self.gate_proj, self.up_proj), x, keys[:3:2])
+        return self.down_proj(swiglu(gate, up), keys[1])
 
 
 class Router(nnx.Module):

@@ -12,7 +12,7 @@ from glm_jax.errors import UserError
 from glm_jax.nn.attention import Cache, Mask, attention
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.compute import Compute
-from glm_jax.nn.layers import Linear, dropout_keys, scan
+from glm_jax.nn.layers import Linear, of_one_input, scan
 from glm_jax.parallel.mesh import constrain
 
 Keys = list[jax.Array | None]
@@ -45,9 +45,9 @@ class SelfAttention(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        own = dropout_keys((self.query, self.key, self.value), keys[:3])
-        query, key = turn(heads(self.query(x, own[0]))), turn(heads(self.key(x, own[1])))
-        value = heads(self.value(x, own[2]))
+        query, key, value = map(heads, of_one_input((self.query, self.key, self.value), x,
+                                                    keys[:3]))
+        query, key = turn(query), turn(key)
         if cache is not None:
             key, value = (jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
                           for old, new in zip(cache, (key, value), strict=True))

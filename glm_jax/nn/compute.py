@@ -50,21 +50,21 @@ class Compute:
         besides; `dots`, all but what linear layers give and attention's kernel; `full`, all but the
         layer's input; `offload`, as `full`, and that input waits in the host's memory.
       unroll: so many layers, or fewer, are compiled one by one, not as a loop, on one device where
-        remat is `none`.
+        remat is `none` or the device a GPU.
     """
 
     kernel: str = "reference"
     remat: str = "none"
     unroll: int = dataclasses.field(default_factory=lambda: UNROLLED)
 
-    def layer(self, body: Callable[..., Any]) -> Callable[..., Any]:
+    def layer(self, body: Callable[..., Any], unrolled: bool) -> Callable[..., Any]:
         """The body `(x, inputs) -> (x, y)` of a loop over layers, with its checkpoint."""
         mesh = jax.sharding.get_abstract_mesh()
         if self.remat not in KEPT and (mesh.empty or mesh.size == 1):
             return body
         return jax.checkpoint(lambda x, inputs: body(checkpoint_name(x, LAYER_INPUT), inputs),
                               policy=KEPT.get(self.remat, _but_gathered),
-                              prevent_cse=False)  # a loop prevents it
+                              prevent_cse=unrolled)  # a loop prevents it
 
 
 PLAIN = Compute()

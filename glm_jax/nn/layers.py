@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.nn.compute import LINEAR, PLAIN, Compute
 from glm_jax.nn.matmul import matmul
-from glm_jax.parallel.mesh import constrain
+from glm_jax.parallel.mesh import constrain, platform
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # (x, kernel) to x times kernel
 
@@ -33,29 +33,38 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features), axes=axes[1:])
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None,
-                 product: Product | None = None) -> jax.Array:
-        """`[..., in] -> [..., out]` in the dtype of `x`; `key` is for an adapter's dropout."""
+                 product: Product | None = None, low: Any = None) -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`.
+
+        Args:
+          key: for an adapter's dropout.
+          product: of experts.
+          low: what an adapter shares with those of other layers: see `of_one_input`.
+        """
         if product is not None:  # nothing to pin: each device has its own experts by now
             kernel = self.kernel[...].astype(x.dtype)
             return (self.adapter(x, kernel, key, product) if hasattr(self, "adapter")
                     else product(x, kernel))
         kernel = constrain(self.kernel[...].astype(x.dtype), *self.axes, gathered=True)
-        y = self.adapter(x, kernel, key) if hasattr(self, "adapter") else matmul(x, kernel)
+        y = (self.adapter(x, kernel, key, low=low) if hasattr(self, "adapter")
+             else matmul(x, kernel))
         y = checkpoint_name(y, LINEAR)
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(x.dtype)
         return y
 
 
-def dropout_keys(layers: Sequence[Linear], keys: Sequence[jax.Array | None]
-                 ) -> list[jax.Array | None]:
-    """A key for each of the layers that have one input: `keys`, but those of shared A are the same.
-
-    The adapters of layers that a checkpoint joins share it: PEFT drops their input once.
-    """
-    first: dict[int, jax.Array | None] = {}
-    return [first.setdefault(id(layer.adapter.lora_a if hasattr(layer, "adapter") else layer), key)
-            for layer, key in zip(layers, keys, strict=True)]
+def of_one_input(layers: Sequence[Linear], x: jax.Array, keys: Sequence[jax.Array | None]
+                 ) -> list[jax.Array]:
+    """`x [..., in]` through each of the layers: `[..., out]`. Adapters share what they can."""
+    adapters = {n: layer.adapter for n, layer in enumerate(layers) if hasattr(layer, "adapter")}
+    lows: dict[int, Any] = {}
+    if adapters:
+        first, *_ = adapters.values()
+        found = first.lows([*adapters.values()], x, [keys[n] for n in adapters])
+        lows = dict(zip(adapters, found, strict=True))
+    return [layer(x, key, low=lows.get(n))
+            for n, (layer, key) in enumerate(zip(layers, keys, strict=True))]
 
 
 class Embedding(nnx.Module):
@@ -201,13 +210,14 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
     few = (unroll and count <= compute.unroll and (mesh.empty or mesh.size == 1)
-           and compute.remat == "none")  # XLA would undo what is computed again outside of a loop
+           # Outside of a loop XLA for CPUs and TPUs undoes what is to be computed again.
+           and (compute.remat == "none" or platform() == "gpu"))
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         own = inputs[0] if mesh.empty or mesh.size == 1 else jax.tree.map(_summed, inputs[0])
         return call(nnx.merge(graphdef, own), x, *inputs[1:])
 
-    return jax.lax.scan(compute.layer(body), x, (state, *per_layer),
+    return jax.lax.scan(compute.layer(body, few), x, (state, *per_layer),
                         unroll=count if few else 1)
 
 

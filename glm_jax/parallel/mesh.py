@@ -305,13 +305,14 @@ def ways(name: str, size: int = 0, spread: bool = False) -> int:
     Of size 0: one that all its mesh axes divide.
     """
     mesh_shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(mesh_shape[axis] for axis in split_over(name, size, spread))
+    return math.prod(mesh_shape[axis] for axis in split_over(name, size, spread=spread))
 
 
-def split_over(name: str, size: int, spread: bool = False) -> tuple[str, ...]:
+def split_over(name: str, size: int, gathered: bool = False, spread: bool = False
+               ) -> tuple[str, ...]:
     """The axes of the mesh of `jax.set_mesh` that a logical axis of this size is split over."""
     mesh_shape = jax.sharding.get_abstract_mesh().shape
-    return _tuple(partition((name,), (size,), mesh_shape, spread=spread)[0])
+    return _tuple(partition((name,), (size,), mesh_shape, gathered, spread)[0])
 
 
 def put(tree: Any, mesh: Mesh) -> Any:

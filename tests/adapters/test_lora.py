@@ -1,6 +1,7 @@
 """LoRA: its arithmetic, what it attaches to, and merging."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,12 @@ from glm_jax.adapters.lora import (
     lora,
     merge,
     merged,
+    thin,
 )
 from glm_jax.adapters.targets import linears
 from glm_jax.errors import UserError
 from glm_jax.nn.batch import causal_batch
+from glm_jax.nn.layers import Linear, of_one_input
 from glm_jax.parallel.mesh import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(2, 96, (4, 10))
@@ -38,6 +41,10 @@ def logits(model):
 def _logits(graphdef, state):
     model = nnx.merge(graphdef, state)
     return model.logits(model(causal_batch(TOKENS))[0])
+
+
+def written_out(x, y, a, b, mask, scale):
+    return lora(y, thin(x, a, mask), b, scale)
 
 
 def plain(x, y, a, b, mask, scale):
@@ -57,7 +64,8 @@ def test_written_out_derivative_is_the_derivative(dropped):
         return lambda *arrays: jnp.sum(weight * jnp.sin(f(*arrays, mask, 1.5)))
 
     (ours, ours_grad), (theirs, theirs_grad) = (
-        jax.value_and_grad(loss(f), argnums=(0, 1, 2, 3))(x, y, a, b) for f in (lora, plain))
+        jax.value_and_grad(loss(f), argnums=(0, 1, 2, 3))(x, y, a, b)
+        for f in (written_out, plain))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     for mine, other in zip(ours_grad, theirs_grad, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
@@ -80,7 +88,7 @@ def test_one_product_with_b_below_the_kernel_is_the_two_of_them(dropped):
     shapes = (3, 7, 16), (16, 24), (16, 2), (2, 24), (3, 7, 24)
     *inputs, dy = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False))
     mask = jax.random.bernoulli(keys[5], 0.7, shapes[0]) if dropped else None
-    ours, back = jax.vjp(lambda *args: appended(*args, mask, 0.5), *inputs)
+    ours, back = jax.vjp(lambda x, w, a, b: appended(x, thin(x, a, mask), w, b, 0.5), *inputs)
     theirs, plain_back = jax.vjp(lambda x, w, a, b: plain(x, x @ w, a, b, mask, 0.5), *inputs)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     for mine, other in zip(back(dy), plain_back(dy), strict=True):
@@ -102,6 +110,56 @@ def test_a_gpu_takes_one_product_where_a_layer_gives_more_than_it_takes(monkeypa
                                    rtol=0.02, atol=0.2)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("dropout", "products"), [(0.0, 1), (0.5, 2)])
+def test_layers_with_one_input_share_the_product_of_their_a(monkeypatch, platform, dropout,
+                                                             products):
+    """The first and the last have one A, the second has its own, the third is not adapted."""
+    monkeypatch.setattr("glm_jax.adapters.lora.platform", lambda: platform)
+    monkeypatch.setattr("glm_jax.adapters.lora.rounds", lambda x: True)  # else all is folded
+    config = LoRAConfig(r=2, lora_alpha=3, lora_dropout=dropout)
+    layers = [Linear(16, out, ("embed", "mlp"), std=0.5, rngs=nnx.Rngs(out))
+              for out in (24, 8, 12, 20)]
+    draw = np.random.default_rng(0)
+    for n in (0, 1, 3):
+        a, b = draw.normal(size=(16, 2)), draw.normal(size=(2, layers[n].kernel[...].shape[1]))
+        layers[n].adapter = LoRA(jnp.float32(a), jnp.float32(b), ("embed", "mlp"), config)
+    layers[3].adapter.lora_a = layers[0].adapter.lora_a
+    graphdef, state = nnx.split(nnx.List(layers))
+    x, key = jnp.float32(draw.normal(size=(3, 7, 16))), jax.random.key(0)
+    keys = list(jax.random.split(key, 3)) if dropout else [None] * 3
+
+    def outputs(state, x, together):
+        layers = nnx.merge(graphdef, state)
+        own = [keys[0], keys[1], keys[2], keys[0]]
+        if together:  # the key of the last is not used
+            return of_one_input(layers, x, [*own[:3], keys[2]])
+        return [layer(x, key) for layer, key in zip(layers, own, strict=True)]
+
+    def gradients(together):
+        return jax.grad(lambda *args: sum(jnp.sum(jnp.sin(y)) for y in outputs(*args, together)),
+                        argnums=(0, 1))(state, x)
+    for ours, alone in ((outputs(state, x, True), outputs(state, x, False)),
+                        (gradients(True), gradients(False))):
+        for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+    program = str(jax.make_jaxpr(functools.partial(outputs, together=True))(state, x))
+    narrow = re.findall(r"f32\[21,(?:2|4)\] = dot_general", program)
+    assert len(narrow) == products
+
+
+@pytest.mark.parametrize(("axes", "products"), [(("embed", "mlp"), 2), (("mlp", "embed"), 3)])
+def test_what_a_mesh_splits_is_not_appended_to(monkeypatch, axes, products):
+    """A concatenation along a split axis would send the activations from device to device."""
+    monkeypatch.setattr("glm_jax.adapters.lora.platform", lambda: "gpu")
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    adapter = LoRA(jnp.ones((32, 2)), jnp.ones((2, 48)), axes, LoRAConfig(r=2))
+    with jax.set_mesh(mesh):
+        traced = jax.make_jaxpr(adapter)(jnp.ones((64, 32), jnp.bfloat16),
+                                         jnp.ones((32, 48), jnp.bfloat16))
+    assert str(traced).count("dot_general") == products
+
+
 def test_in_bfloat16_the_gradients_of_float32_parameters_stay_float32():
     keys = jax.random.split(jax.random.key(0), 4)
     x, y = (jax.random.normal(k, (256, 16), jnp.bfloat16) for k in keys[:2])
@@ -110,8 +168,8 @@ def test_in_bfloat16_the_gradients_of_float32_parameters_stay_float32():
     def loss(f, a, b):
         return jnp.sum(f(x, y, a, b, None, 0.5).astype(jnp.float32))
 
-    assert lora(x, y, a, b, None, 0.5).dtype == jnp.bfloat16
-    ours = jax.grad(loss, argnums=(1, 2))(lora, a, b)
+    assert written_out(x, y, a, b, None, 0.5).dtype == jnp.bfloat16
+    ours = jax.grad(loss, argnums=(1, 2))(written_out, a, b)
     exact = jax.grad(loss, argnums=(1, 2))(
         lambda x, y, *rest: plain(x.astype(jnp.float32), y.astype(jnp.float32), *rest), a, b)
     for mine, other in zip(ours, exact, strict=True):
@@ -292,7 +350,7 @@ def test_tokens_split_over_a_sequence_axis_are_not_gathered():
     small = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for s in ((8, 2), (2, 12)))
 
     def loss(*arrays):
-        return jnp.sum(lora(*arrays, None, 2.0) ** 2)
+        return jnp.sum(written_out(*arrays, None, 2.0) ** 2)
 
     with jax.set_mesh(mesh):
         program = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), out_shardings=(

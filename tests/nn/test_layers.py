@@ -93,13 +93,17 @@ def test_an_adapter_sees_input_kernel_and_key():
     linear = Linear(3, 4, ("embed", "mlp"), bias=True, rngs=nnx.Rngs(0))
     linear.bias[...] = jnp.arange(4.0)
     plain, key = linear(jnp.ones((2, 3))), jax.random.key(3)
-    linear.adapter = lambda x, kernel, key: x @ kernel + x.sum() + jax.random.uniform(key)
+    linear.adapter = lambda x, kernel, key, low: x @ kernel + x.sum() + jax.random.uniform(key)
     np.testing.assert_allclose(linear(jnp.ones((2, 3)), key), plain + 6 + jax.random.uniform(key),
                                rtol=1e-6)
 
 
-@pytest.mark.parametrize("unrolled", [0, 8])
-def test_scan_runs_every_layer_in_order_with_its_own_inputs(unrolled):
+@pytest.mark.parametrize(("unroll", "remat", "platform", "loops"), [
+    (0, "none", "gpu", True), (2, "none", "cpu", True), (3, "none", "cpu", False),
+    (3, "dots", "cpu", True), (3, "dots", "gpu", False)])
+def test_scan_runs_every_layer_in_order_with_its_own_inputs(monkeypatch, unroll, remat, platform,
+                                                            loops):
+    monkeypatch.setattr("glm_jax.nn.layers.platform", lambda: platform)
     layers = stack(lambda rngs: Linear(4, 4, ("embed", "mlp"), std=1.0, rngs=rngs), 3, nnx.Rngs(0))
     kernels = layers.kernel[...]
     assert kernels.shape == (3, 4, 4)
@@ -110,9 +114,9 @@ def test_scan_runs_every_layer_in_order_with_its_own_inputs(unrolled):
         return layer(x) + add, x.sum()
 
     def run(x):
-        return scan(layers, call, x, extra, compute=Compute(unroll=unrolled))
+        return scan(layers, call, x, extra, compute=Compute(remat=remat, unroll=unroll))
 
-    assert ("while" in jax.jit(run).lower(x).as_text()) == (not unrolled)
+    assert ("while" in jax.jit(run).lower(x).as_text()) == loops
     last, sums = run(x)
     wanted, befores = x, []
     for i in range(3):
