@@ -1,10 +1,10 @@
 """Whether a run fits on chips that nobody has rented yet, and how fast it can be there at best.
 
 For TPUs the real training step is compiled for the topology, from abstract weights, by `libtpu`:
-memory and collectives are the compiled program's own. For GPUs, which JAX compiles for only where
-there is one, both follow by arithmetic from the shapes and where they lie. The times are a roofline
-(Williams et al. 2009): the longest of what computing, moving and sending take at the chip's peak,
-as if they hid each other altogether; a real step is longer.
+memory and collectives are the compiled program's own. For GPUs both follow by arithmetic from the
+shapes and where they lie. The times are a roofline (Williams et al. 2009): the longest of what
+computing, moving and sending take at the chip's peak, as if they hid each other altogether; a real
+step is longer.
 """
 
 import contextlib
