@@ -5,6 +5,8 @@ program that never joins others is the one process of its job.
 """
 
 import contextlib
+import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -29,8 +31,11 @@ TELL_SECONDS = 10  # a process that fails waits so long until all others have re
 LEAVE_SECONDS = 3  # which the others have to end before process 0 does, of a failure
 SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
 END_SECONDS = 600  # one that is done waits so long for the others to be
+UNREACHED = ("process 0 died: it can't be reached; the same commands go on from the last "
+             "checkpoint")
 
 _client: Any = None  # of the coordination service, between joining and parting
+_ending = threading.Lock()
 
 
 def _state() -> Any:
@@ -109,6 +114,8 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
         late.cancel()
     _client = _state().client
     threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch").start()
+    if not speaks():
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def _check_port(coordinator: str) -> None:
@@ -147,9 +154,22 @@ def _watch(client: Any, heartbeat: int) -> None:
         if dead and _client is client:
             _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; the same "
                  "commands go on from the last checkpoint")
-    if _client is client:  # JAX aborts this process now, with a longer message
-        _end("process 0 died: it can't be reached; the same commands go on from the last "
-             "checkpoint")
+    if _client is client:
+        _end(UNREACHED)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(signum: int) -> None:
+    """JAX aborts a process that process 0 has left, at times before `_watch` sees it.
+
+    From a thread of its own, so that no handler of Python's would run.
+    """
+    host, _, port = _state().coordinator_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
+    except OSError:
+        _end(UNREACHED)
+    faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns
 
 
 def _tell(error: BaseException, heartbeat: int) -> None:
@@ -197,6 +217,7 @@ def _part() -> None:
 
 
 def _end(message: str, code: int = 1) -> NoReturn:
+    _ending.acquire()  # for good: one thread says why
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(code)
 
