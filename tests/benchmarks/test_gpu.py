@@ -21,6 +21,7 @@ def test_rows_are_full_of_texts():
         assert max(t.max() for row in rows for t in row) < SHAPES[job.shape]["vocab_size"]
 
 
+@pytest.mark.slow
 def test_the_peer_keeps_the_texts_of_a_row_apart():
     job = JOBS["full-2b"]._replace(shape="toy", rows=1, length=1024)
     lengths = [len(text) for text in texts(job)[0]]

@@ -30,6 +30,7 @@ def main():
     import jax
     from jax.experimental import multihost_utils
     together = multihost_utils.sync_global_devices
+    processes.TELL_SECONDS = 4  # shorter than a user's, for a test's sake
     {before}
     with door.joined():
         first, folder = processes.speaks(), Path(sys.argv[0]).parent
@@ -176,10 +177,8 @@ def test_bad_texts_end_all_with_the_message_of_the_first(pod, trained, base, tmp
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "text": "a"}\n{"label": "b"}\n')
     for command, message in (
-            (("predict", f"--model={trained}"), "no text: give one"),
             (("predict", f"--model={trained}", f"--file={bad}"), f"{bad}:2: no field 'text'"),
-            (("generate", f"--model={base}"), "no prompt: give one"),
-            (("generate", f"--model={base}", f"--file={bad}"), f"{bad}:2: a prompt (a text)")):
+            (("generate", f"--model={base}"), "no prompt: give one")):
         one, other = pod(2, *command, stdin=b"\n")
         assert (one.code, other.code) == (2, 2), (one, other)
         (line,) = told(one)
