@@ -50,7 +50,7 @@ class Compute:
         besides; `dots`, all but what linear layers give and attention's kernel; `full`, all but the
         layer's input; `offload`, as `full`, and that input waits in the host's memory.
       unroll: so many layers, or fewer, are compiled one by one, not as a loop, on one device where
-        remat is `none` or the device a GPU.
+        remat is `none`, or the device a GPU and remat not `offload`.
     """
 
     kernel: str = "reference"

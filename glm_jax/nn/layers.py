@@ -210,8 +210,9 @@ def scan(layers: nnx.Module, call: Callable[..., tuple[jax.Array, Any]], x: jax.
     count = len(jax.tree.leaves(state)[0])
     mesh = jax.sharding.get_abstract_mesh()
     few = (unroll and count <= compute.unroll and (mesh.empty or mesh.size == 1)
-           # Outside of a loop XLA for CPUs and TPUs undoes what is to be computed again.
-           and (compute.remat == "none" or platform() == "gpu"))
+           # Outside of a loop XLA undoes what is to be computed again, but for GPUs; and what is
+           # to wait in the host's memory stays.
+           and (compute.remat == "none" or (platform() == "gpu" and compute.remat != "offload")))
 
     def body(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         own = inputs[0] if mesh.empty or mesh.size == 1 else jax.tree.map(_summed, inputs[0])

@@ -100,7 +100,7 @@ def test_an_adapter_sees_input_kernel_and_key():
 
 @pytest.mark.parametrize(("unroll", "remat", "platform", "loops"), [
     (0, "none", "gpu", True), (2, "none", "cpu", True), (3, "none", "cpu", False),
-    (3, "dots", "cpu", True), (3, "dots", "gpu", False)])
+    (3, "dots", "cpu", True), (3, "dots", "gpu", False), (3, "offload", "gpu", True)])
 def test_scan_runs_every_layer_in_order_with_its_own_inputs(monkeypatch, unroll, remat, platform,
                                                             loops):
     monkeypatch.setattr("glm_jax.nn.layers.platform", lambda: platform)
