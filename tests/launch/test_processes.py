@@ -191,6 +191,15 @@ def test_bad_texts_end_all_with_the_message_of_the_first(pod, trained, base, tmp
     one, other = pod(2, "generate", f"--model={base}", own=[["a", "--batch=2"], ["--batch=3"]])
     assert (one.code, other.code) == (2, 2), (one, other)
     assert "model than process 0 has (batch: 2 there, 3 here): start all" in told(other)[0]
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    command = "generate", "--max_new_tokens=2", "房间"
+    own = [[f"--model={base}"], [f"--model={copy}"]]
+    assert [result.code for result in pod(2, *command, own=own)] == [0, 0]
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    one, other = pod(2, *command, own=own)
+    assert (one.code, other.code) == (2, 2) and "(model sha256: " in told(other)[0], (one, other)
 
 
 def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews, tmp_path):
