@@ -89,13 +89,15 @@ def on_mesh(folder: str, axis: str = "") -> Iterator[Any]:
     """The mesh for the model of a folder (see `mesh_for`); within, the rules of its run hold.
 
     Raises:
-      UserError: where another process has other flags; only paths may differ.
+      UserError: where another process has other flags or another model; only paths may differ.
     """
     from glm_jax.parallel.mesh import use_rules
-    from glm_jax.train.load import mesh_for
-    processes.check_same("flags", {"mesh": FLAGS.mesh} | {
-        flag.name: flag.value for flag in FLAGS.get_flags_for_module(sys.argv[0])
-        if flag.name not in PATHS})
+    from glm_jax.train.load import hashes, mesh_for
+    asked = {flag.name: flag.value for flag in FLAGS.get_flags_for_module(sys.argv[0])}
+    if not processes.alone():
+        same = {name: value for name, value in asked.items() if name not in PATHS}
+        processes.check_same("flags and model", {
+            "mesh": FLAGS.mesh} | same | hashes(folder, asked.get("adapter")))
     mesh, rules = mesh_for(folder, FLAGS.mesh, axis)
     with use_rules(rules):
         yield mesh

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from glm_jax.errors import Interrupted, UserError
 
 START_SECONDS = 300  # a process waits so long for all others to come, then ends
-READ_SECONDS = 1800  # and so long for them to have read the same data and weights
+READ_SECONDS = 1800  # and so long for them to have read what process 0 has: data, weights
 HEARTBEAT_SECONDS = 60  # one that gives no sign of life for so long is dead; --heartbeat
 WATCH_SECONDS = 1  # between two looks for the dead; a message of a failure comes at once
 TELL_SECONDS = 10  # a process that fails waits so long until all others have read why
@@ -71,21 +71,22 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     Raises:
       UserError: when it can't join.
     """
-    _join(coordinator, processes, process, heartbeat)
+    watch = _join(coordinator, processes, process, heartbeat)
     try:
         check_same("flags of processes", {"processes": processes, "heartbeat": heartbeat})
         yield
     except Interrupted:  # by all, at the same step
-        _part()
+        _part(watch)
         raise
     except BaseException as error:
         _tell(error, heartbeat)
         raise
-    _part()
+    _part(watch)
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None, heartbeat: int
-          ) -> None:
+          ) -> threading.Thread:
+    """Joins the others; the thread that looks after them."""
     global _client
     import jax
 
@@ -113,9 +114,11 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
     finally:
         late.cancel()
     _client = _state().client
-    threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch").start()
+    watch = threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch")
+    watch.start()
     if not speaks():
         ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+    return watch
 
 
 def _check_port(coordinator: str) -> None:
@@ -200,7 +203,7 @@ def _told(client: Any) -> None:
         time.sleep(LEAVE_SECONDS)
 
 
-def _part() -> None:
+def _part(watch: threading.Thread) -> None:
     """Leaves the others when all are here."""
     global _client
     import jax
@@ -209,11 +212,15 @@ def _part() -> None:
     try:
         client.wait_at_barrier("end", 1000 * END_SECONDS)
     except Exception as error:
-        _end(f"not all processes came to the end within {END_SECONDS} s: {error}")
+        if "DEADLINE_EXCEEDED" not in str(error):  # another one has died
+            watch.join(END_SECONDS)  # it says which, and ends this one
+        _end(f"not all processes came to the end within {END_SECONDS} s")
     _client = None
     while speaks() and len(client.get_live_nodes(range(_state().num_processes))) > 1:
         time.sleep(0.02)  # it has the service, without which the others' clients abort
     jax.distributed.shutdown()
+    watch.join(TELL_SECONDS)  # Python's end aborts where a thread of it still waits in C++
+    ctypes.CDLL(None).signal(signal.SIGABRT, signal.SIG_DFL)  # no `_on_abort` without a Python
 
 
 def _end(message: str, code: int = 1) -> NoReturn:
@@ -267,16 +274,18 @@ def see(folder: Path) -> None:
     client, mark = _state().client, folder / ".seen"
     if client is None:
         return
-    if speaks():
+
+    def write() -> str:
         mark.write_text(word := uuid.uuid4().hex, encoding="utf-8")
-        client.key_value_set("seen", word)
-    word, end = client.blocking_key_value_get("seen", 1000 * READ_SECONDS), time.monotonic()
+        return word
+
+    word, end = shared("seen", write), time.monotonic() + SEE_SECONDS
     while not (mark.exists() and mark.read_text(encoding="utf-8") == word):
-        if time.monotonic() > end + SEE_SECONDS:
+        if time.monotonic() > end:
             raise UserError(f"{folder}: what process 0 writes there is not to be seen here: "
                             "processes must share the run folder, on a network file system")
         time.sleep(0.5)
-    client.wait_at_barrier("seen", 1000 * (SEE_SECONDS + TELL_SECONDS))
+    client.wait_at_barrier("seen", 1000 * READ_SECONDS)
     if speaks():
         mark.unlink()
 

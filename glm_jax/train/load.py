@@ -18,6 +18,7 @@ from glm_jax.data.packing import Shape, shape_for
 from glm_jax.data.records import Example, load_records
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_file
 from glm_jax.errors import FETCH, UserError
+from glm_jax.files import sampled_sha256, sha256_of_all
 from glm_jax.parallel.mesh import Rules, make_mesh
 from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
@@ -78,6 +79,21 @@ class Trained(NamedTuple):
         texts = [example.text for example in records[:count]]
         return [np.asarray(ids, np.int32)
                 for ids in self.tokenizer.encode_batch(texts, length=self.shape.length)]
+
+
+def hashes(model: str, adapter: str | None = None) -> dict[str, str]:
+    """Of the files in a model's and an adapter's folder, of large ones by samples.
+
+    With those of the base where the model is an adapter; a run's config.json has hashes of its own.
+    """
+    folders = {"model": Path(model)} | ({"adapter": Path(adapter)} if adapter else {})
+    if (folders["model"] / "adapter_config.json").exists():
+        folders["base"] = find_base(model)
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    return {f"{name} sha256": sha256_of_all(
+        [path for path in sorted(folder.glob("*"))
+         if path.suffix in kinds and path.name != "result.json"], sampled_sha256)
+        for name, folder in folders.items()}
 
 
 def mesh_for(folder: str | Path, asked: str = "", axis: str = "") -> tuple[Mesh, Rules]:

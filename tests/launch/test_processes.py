@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 
@@ -12,6 +14,7 @@ import pytest
 
 from glm_jax.parallel import processes
 from tests.folders import content, rows
+from tests.launch.conftest import ROOT
 
 SMOKE = "--config=configs/sentiment.py:smoke"
 HEARTBEAT = 3
@@ -188,6 +191,15 @@ def test_bad_texts_end_all_with_the_message_of_the_first(pod, trained, base, tmp
     one, other = pod(2, "generate", f"--model={base}", own=[["a", "--batch=2"], ["--batch=3"]])
     assert (one.code, other.code) == (2, 2), (one, other)
     assert "model than process 0 has (batch: 2 there, 3 here): start all" in told(other)[0]
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    command = "generate", "--max_new_tokens=2", "房间"
+    own = [[f"--model={base}"], [f"--model={copy}"]]
+    assert [result.code for result in pod(2, *command, own=own)] == [0, 0]
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    one, other = pod(2, *command, own=own)
+    assert (one.code, other.code) == (2, 2) and "(model sha256: " in told(other)[0], (one, other)
 
 
 def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews, tmp_path):
@@ -216,6 +228,20 @@ def test_what_only_one_process_sees_ends_all_with_its_message(pod, base, reviews
     assert not (tmp_path / "run").exists() and not (tmp_path / "own").exists()
 
 
+def test_python_ends_as_always(tmp_path):
+    """Also while a look for the dead would still last; a fork of the server's ends otherwise."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(before="processes.WATCH_SECONDS = 2", lines="        pass"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, path, f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    both = [subprocess.Popen([*command, f"--process={number}"], env=env, stderr=subprocess.PIPE,
+                             text=True) for number in range(2)]
+    ends = [(process.communicate()[1], process.returncode) for process in both]
+    assert ends == [("", 0)] * 2
+
+
 def test_each_process_has_the_rows_of_its_devices(program):
     both = program(2, "from glm_jax.parallel.mesh import make_mesh, own_rows",
                    "for sizes in ({'data': 4}, {'data': 2, 'fsdp': 2}, {'tensor': 4}):",
@@ -241,7 +267,7 @@ def test_what_all_find_wrong_at_once_is_told_once_by_each(program):
     assert told(both[1 - teller]) == [f"error: process {teller} failed: so"]
 
 
-@pytest.mark.parametrize("then", ["together('y')", "time.sleep(30)"])
+@pytest.mark.parametrize("then", ["together('y')", "time.sleep(30)", "pass"])
 def test_the_first_process_dies(program, then):
     """JAX's own words may come before; whatever the other does, the last line is ours."""
     start = time.monotonic()
@@ -305,6 +331,16 @@ def test_a_run_folder_of_each_ones_own(program, tmp_path):
     assert (one.code, other.code) == (2, 2), (one, other)
     assert "False: what process 0 writes there is not to be seen here" in told(other)[0]
     assert told(one) == [told(other)[0].replace("error: ", "error: process 1 failed: ")]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_run_folder_is_seen_when_the_last_has_come(program, late):
+    """Process 0 may read the weights as long as it takes; the others are given `READ_SECONDS`."""
+    both = program(2, "processes.SEE_SECONDS, processes.TELL_SECONDS = 1, 0",
+                   f"processes.READ_SECONDS = {1 + 9 * late}",
+                   f"time.sleep(3 * (processes._state().process_id == {late}))",
+                   "processes.see(folder)")
+    assert [(result.code, result.err) for result in both] == [(0, "")] * 2, both
 
 
 def test_sigterm_to_one_stops_all_at_the_same_step_and_outside_the_loop_all_at_once(program,
