@@ -55,6 +55,8 @@ def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tm
     other = tmp_path / "other.csv"
     other.write_text("text,label\n好,好\n坏,坏\n")
     assert f"{other}:3: label '坏'" in refused("evaluate", f"--model={folder}", f"--data={other}")
+    assert f"--split=test: {reviews} is not split" in refused(
+        "evaluate", f"--model={folder}", f"--data={reviews}", "--split=test")
     assert "give --data" in refused("evaluate", f"--model={folder / 'adapter'}")
     assert "neither a run folder" in refused("evaluate", f"--model={tmp_path}")
     assert "no checkpoint '5'" in refused("evaluate", f"--model={folder}", "--step=5")
