@@ -194,6 +194,7 @@ def test_a_language_model_converts_and_is_no_classifier(door, refused, base, rev
 
 def test_conv_rnn_has_no_export(door, refused, run, tmp_path):
     folder = run("conv-rnn")
-    assert "PyTorch has no conv_rnn" in refused("convert", f"--model={folder}", "--to=hf",
-                                                f"--out={tmp_path / 'out'}")
+    for form in ("hf", "merged"):
+        assert "PyTorch has no conv_rnn" in refused("convert", f"--model={folder}", f"--to={form}",
+                                                    f"--out={tmp_path / 'out'}")
     assert door("predict", f"--model={folder}", "房间喜欢").code == 0
