@@ -132,11 +132,11 @@ def _from_run(size: int) -> None:
     adapted = trained.lora_config is not None
     to = TO.value or ("merged" if adapted else "hf")
     model, out = trained.model, Path(OUT.value or "")
+    if not architecture_of(model.config.to_dict()).classes:
+        raise UserError(f"{MODEL.value}: PyTorch has no {model.config.model_type} to load it with")
     if (to == "hf") == adapted:
         raise UserError(f"{MODEL.value} has {'an' if adapted else 'no'} adapter: --to={to} is not "
                         f"for it; use --to={'merged or --to=peft' if adapted else 'hf'}")
-    if not architecture_of(model.config.to_dict()).classes:
-        raise UserError(f"{MODEL.value}: PyTorch has no {model.config.model_type} to load it with")
     _refuse_itself(MODEL.value, model_folder(trained.base))
     rows = trained.encode_texts(DATA.value, ROWS.value) if VERIFY.value and not DRY.value else []
     ours = last_logits(trained, rows, mesh) if rows else None

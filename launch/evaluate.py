@@ -21,7 +21,8 @@ from launch import door
 door.flags_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a run folder, an adapter or a model", required=True)
 DATA = flags.DEFINE_string("data", "", "a file with texts and labels; the run's data when empty")
-SPLIT = flags.DEFINE_enum("split", "test", ["train", "dev", "test"], "of data that has any")
+SPLIT = flags.DEFINE_enum("split", None, ["train", "dev", "test"], "test by default; of --data "
+                          "that is not split, all rows are measured")
 STEP = flags.DEFINE_integer("step", None, "a checkpoint of the run; the best one by default")
 TEXT = flags.DEFINE_string("text", None, "column of the texts in --data; the run's own by default")
 LABEL = flags.DEFINE_string("label", None, "column of the labels in --data; by default the run's")
@@ -50,16 +51,20 @@ def measure(mesh: Any) -> None:
     if DATA.value:
         columns = (door.column(TEXT.value, trained, "text"),
                    door.column(LABEL.value, trained, "label"))
-        examples = pick(load_records(DATA.value, *columns), SPLIT.value, DATA.value)
+        found = load_records(DATA.value, *columns)
+        if SPLIT.value and list(found) == ["all"]:
+            raise UserError(f"--split={SPLIT.value}: {DATA.value} is not split; without --split "
+                            "all its rows are measured, without --data a split of the run's own")
+        examples = pick(found, SPLIT.value or "test", DATA.value)
         check_labels(examples, trained.labels, DATA.value)
     elif trained.config is not None:
-        examples = trained.splits()[SPLIT.value]
+        examples = trained.splits()[SPLIT.value or "test"]
     else:
         raise UserError(f"{MODEL.value} does not say what data it was trained on: give --data")
     task, run = classifier(trained, mesh)
     processes.check_same("data", {
         "data sha256": task._replace(examples={"": examples}).fingerprint()})
-    name = DATA.value or SPLIT.value
+    name = DATA.value or SPLIT.value or "test"
     result = task.score(run, examples, name)
     if not math.isfinite(result.metrics["loss"]):
         raise UserError(f"{MODEL.value}: {NOT_FINITE}")

@@ -3,6 +3,7 @@
 Every bad row is a UserError that says the file, the line and the field.
 """
 
+import codecs
 import csv
 import difflib
 import io
@@ -129,8 +130,8 @@ def _examples(rows: Iterable[Row], source: str, fields: Fields) -> list[Example]
     return examples
 
 
-def _check_fields(there: Iterable[str], fields: Fields, where: str) -> None:
-    """Raises UserError that lists what is there when a wanted field is not."""
+def _check_fields(there: Iterable[str], fields: Fields, where: str, note: str = "") -> None:
+    """Raises UserError that lists what is there, and ends in `note`, when a wanted field is not."""
     names = list(there)
     for kind, field in fields.items():
         if field not in names:
@@ -139,7 +140,7 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str) -> None:
             raise UserError(
                 f"{where}: no field {field!r} for the {kind}; there are "
                 f"{', '.join(map(repr, names)) or 'none'}.{hint} "
-                f"Name it with --{kind}=NAME (in training --config.task.{kind}=NAME)."
+                f"Name it with --{kind}=NAME (in training --config.task.{kind}=NAME).{note}"
             )
 
 
@@ -169,9 +170,11 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
+        it = _encoding(raw)
+        hint = f"; it reads as {it}: iconv -f {it} -t UTF-8 OLD > NEW" if it else ""
         raise UserError(
             f"{path}:{line}: not UTF-8: byte {column} of the line is 0x{raw[error.start]:02x}. "
-            "Save the file as UTF-8."
+            f"Save the file as UTF-8{hint}."
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -179,6 +182,17 @@ def _text(path: Path) -> str:
     if not text.removeprefix("\ufeff").strip():
         raise UserError(f"{path}: the file is empty")
     return text.removeprefix("\ufeff")
+
+
+def _encoding(raw: bytes) -> str:
+    """What Chinese texts that are not UTF-8 are mostly in, where these bytes may be; or empty."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    try:
+        raw.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    return "GB18030"  # GBK, as Excel writes "CSV" in China, is a part of it
 
 
 def _separated(path: Path, fields: Fields) -> Iterator[Row]:
@@ -197,13 +211,15 @@ def _separated(path: Path, fields: Fields) -> Iterator[Row]:
                 header = [cell.strip() for cell in cells]
                 if len(set(header)) != len(header):
                     raise UserError(f"{where}: the header names a column twice: {header}")
-                _check_fields(header, fields, where)
+                _check_fields(header, fields, where, " The first line must name the columns, with "
+                              f"{delimiter!r} between them.")
                 continue
             if len(cells) != len(header):
-                raise UserError(
-                    f"{where}: {len(cells)} columns, but the header has {len(header)}. "
-                    f"Quote a text that holds the separator ({delimiter!r}) or a line break."
-                )
+                todo = (f"Quote a text that holds the separator ({delimiter!r})."
+                        if len(cells) > len(header) else
+                        "Fill in what is missing, and quote a text that holds a line break.")
+                raise UserError(f"{where}: {len(cells)} columns, but the header has {len(header)}. "
+                                f"{todo}")
             yield dict(zip(header, cells, strict=True)), where
     except csv.Error as error:
         raise UserError(f"{path}:{begins}: a broken row: {error}. "

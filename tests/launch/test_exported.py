@@ -55,6 +55,8 @@ def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tm
     other = tmp_path / "other.csv"
     other.write_text("text,label\n好,好\n坏,坏\n")
     assert f"{other}:3: label '坏'" in refused("evaluate", f"--model={folder}", f"--data={other}")
+    assert f"--split=test: {reviews} is not split" in refused(
+        "evaluate", f"--model={folder}", f"--data={reviews}", "--split=test")
     assert "give --data" in refused("evaluate", f"--model={folder / 'adapter'}")
     assert "neither a run folder" in refused("evaluate", f"--model={tmp_path}")
     assert "no checkpoint '5'" in refused("evaluate", f"--model={folder}", "--step=5")
@@ -192,6 +194,7 @@ def test_a_language_model_converts_and_is_no_classifier(door, refused, base, rev
 
 def test_conv_rnn_has_no_export(door, refused, run, tmp_path):
     folder = run("conv-rnn")
-    assert "PyTorch has no conv_rnn" in refused("convert", f"--model={folder}", "--to=hf",
-                                                f"--out={tmp_path / 'out'}")
+    for form in ("hf", "merged"):
+        assert "PyTorch has no conv_rnn" in refused("convert", f"--model={folder}", f"--to={form}",
+                                                    f"--out={tmp_path / 'out'}")
     assert door("predict", f"--model={folder}", "房间喜欢").code == 0
