@@ -28,8 +28,9 @@ SHOWN = 10  # labels in a message, at most
 MEND = "Mend the label, leave the row out, or train on rows of that class too"
 NOT_FINITE = ("the model's probabilities are not finite: its training went wrong, or its weights "
               "are damaged; take another checkpoint or model")
-CUT = ("No row of that class fell into train when the data was split. Give more rows of it, or "
-       "name files: --config.task.dev=FILE --config.task.test=FILE")
+CUT = ("No row of that class fell into train when the data was split. Mend the label if it is "
+       "misspelt, give more rows of it, or name files: --config.task.dev=FILE "
+       "--config.task.test=FILE")
 
 
 class Texts(NamedTuple):

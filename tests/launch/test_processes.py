@@ -95,7 +95,7 @@ def test_two_processes_train_and_go_on_after_a_kill_and_elsewhere(pod, door, bas
     fewer = tmp_path / "fewer.csv"
     fewer.write_text("".join(reviews.read_text().splitlines(keepends=True)[:101]))
     for own, message in ((f"data={fewer}", "data sha256: "), ("mesh=tensor=2", "mesh: '' there"),
-                         ("split=dev", "split: 'test' there, 'dev' here")):
+                         ("split=dev", "split: None there, 'dev' here")):
         one, other = pod(2, "evaluate", f"--model={whole}", f"--data={reviews}",
                          own=[[], [f"--{own}"]])
         assert (one.code, other.code) == (2, 2) and message in told(other)[-1], (one, other)

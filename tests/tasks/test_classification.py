@@ -139,7 +139,7 @@ def test_a_rare_class_that_the_split_leaves_out_of_training_says_what_to_do(base
         except UserError as error:
             return str(error)
     said = list(filter(None, map(message, "一二三四五六七八九十甲乙丙丁")))
-    assert said and all("Give more rows of it, or name files: --config.task.dev" in s for s in said)
+    assert said and all("give more rows of it, or name files: --config.task.dev" in s for s in said)
 
 
 def test_probabilities_that_are_not_finite_are_refused(load):
