@@ -44,8 +44,10 @@ MISSES = 10  # looks in a row that gcloud may fail at
 INSTALL = ("tar -xzf glm-jax.tar.gz && curl -LsSf https://astral.sh/uv/install.sh | sh && "
            "cd glm-jax && ~/.local/bin/uv venv --allow-existing --python=3.11 && "
            "~/.local/bin/uv pip install -r requirements.lock -r requirements-tpu.txt")
-MOUNT = ("sudo apt-get install -y nfs-common && sudo mkdir -p /share && "
-         "(mountpoint -q /share || sudo mount -t nfs {} /share)")
+# A new machine may still be installing by itself; a new Filestore share is writable by root only.
+MOUNT = ("sudo apt-get -o DPkg::Lock::Timeout=300 install -y nfs-common && sudo mkdir -p /share && "
+         "(mountpoint -q /share || sudo mount -t nfs {} /share) && "
+         "(test -w /share || sudo chmod a+rwx /share)")
 
 
 def gcloud(*words: str) -> tuple[str, ...]:

@@ -63,7 +63,6 @@ def test_the_steps_of_a_pod(shown):
         assert words[-1] == "--zone=us-east5-b"
     assert command(install).startswith("tar -xzf glm-jax.tar.gz && ")
     assert command(install).endswith("install -r requirements.lock -r requirements-tpu.txt")
-    assert "mount -t nfs 10.0.0.2:/runs /share" in command(mount)
     assert shown(*POD, "install")[-1] == install  # no share, no mount
     (logs,), (stop,) = shown(*POD, "logs"), shown(*POD, "stop")
     for words in (logs, stop):
@@ -106,6 +105,21 @@ def test_what_a_pods_shells_do_with_it(shown, tmp_path):
     finally:
         subprocess.run(["kill", "-9", (tmp_path / "job.pid").read_text().strip()],
                        capture_output=True)
+
+
+@pytest.mark.parametrize(("there", "writable"), [(False, False), (False, True), (True, True)])
+def test_a_share_is_mounted_once_and_made_writable(shown, tmp_path, there, writable):
+    mount = command(shown(*POD, "--share=10.0.0.2:/runs", "install")[-1])
+    share = tmp_path / "share"
+    stand_in(tmp_path / "bin/sudo", f'echo "$1 ${{@: -1}}" >> {tmp_path}/calls')
+    stand_in(tmp_path / "bin/mountpoint", f'[ "$2" = {share} ] && exit {int(not there)}')
+    if writable:
+        share.mkdir()
+    subprocess.run(["bash", "-ec", mount.replace("/share", str(share))], check=True, timeout=20,
+                   env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "apt-get nfs-common", f"mkdir {share}", *[f"mount {share}"] * (not there),
+        *[f"chmod {share}"] * (not writable)]
 
 
 @pytest.fixture
