@@ -169,7 +169,8 @@ def _on_abort(signum: int) -> None:
     """
     host, _, port = _state().coordinator_address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), WATCH_SECONDS) as service:
+            service.recv(1)  # it speaks first; a process that hangs is connected to, and silent
     except OSError:
         _end(UNREACHED)
     faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns

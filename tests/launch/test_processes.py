@@ -278,6 +278,17 @@ def test_the_first_process_dies(program, then):
     assert time.monotonic() - start < 25
 
 
+@pytest.mark.slow
+def test_the_first_process_hangs(program):
+    """It can be connected to all the same."""
+    one, other = program(
+        2, "import subprocess", "together('x')", f"kill = 'sleep {4 * HEARTBEAT}; kill -9 '",
+        "if first: subprocess.Popen(['sh', '-c', kill + str(os.getpid())])",
+        "if first: os.kill(os.getpid(), signal.SIGSTOP)", "together('y')")
+    assert (one.code, other.code) == (-signal.SIGKILL, 1), other.err
+    assert told(other)[-1].startswith("error: process 0 died: it can't be reached"), other.err
+
+
 def test_another_abort_is_not_laid_to_the_first_process(program):
     one, other = program(2, "together('x')", "if first: time.sleep(2)", "if not first: os.abort()",
                          "together('y')")
