@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from glm_jax.nn.attention import Cache
@@ -16,21 +17,17 @@ def bucket(length: int) -> int:
     return size
 
 
-def empty_cache(config: Any, batch: int, slots: int, dtype: Any, apart: bool = False) -> Cache:
+def empty_cache(config: Any, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache of `slots` unused slots a row, laid out on the mesh of `jax.set_mesh`.
 
     Args:
       config: a model's; its layers, key-value heads, head size and position streams are read.
       dtype: what the keys and values are kept in.
-      apart: each layer has arrays of its own, as a model has whose layers are apart.
     """
-    count = config.num_hidden_layers
-    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
 
-    def empty() -> Any:
-        if apart:
-            return tuple(jnp.zeros(shape, dtype) for _ in range(count))
-        return constrain(jnp.zeros((count, *shape), dtype), None, "batch", None, "heads", None)
+    def empty() -> jax.Array:
+        return constrain(jnp.zeros(shape, dtype), None, "batch", None, "heads", None)
 
     unused = constrain(jnp.zeros((batch, slots), jnp.int32), "batch", None)
     positions = constrain(jnp.zeros((batch, config.streams), jnp.int32), "batch", None)

@@ -1,5 +1,6 @@
 """Generation with a static key-value cache: a compiled prefill, and a compiled decoding loop."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -68,8 +69,13 @@ class Loop(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What prefill takes: the model in two parts, rows aligned at the right, cache and sizes."""
+    """What prefill and decoding take: the model, rows aligned at the right, cache and sizes.
 
+    `graphdef` and `state` are the model as decoding takes it, its layers `apart` on a CPU. Prefill
+    takes it in stacks: it is compiled anew for each length, and a loop over layers quickly.
+    """
+
+    model: Any
     graphdef: Any
     state: Any
     rows: np.ndarray  # [batch, length]
@@ -80,8 +86,9 @@ class Prompt(NamedTuple):
 
     def prefill(self) -> tuple[jax.Array, Cache]:
         """The last position's logits `[batch, vocabulary]`, and the cache."""
-        return prefill(self.graphdef, self.state, self.rows, self.mask, slots=self.slots,
-                       cache_dtype=self.cache_dtype)
+        graphdef, state = nnx.split(self.model)
+        return prefill(graphdef, state, self.rows, self.mask, slots=self.slots,
+                       cache_dtype=self.cache_dtype, apart=graphdef != self.graphdef)
 
     def seen(self, vocabulary: int) -> jax.Array:
         """`[batch, vocabulary]` bool: the tokens of each row."""
@@ -159,7 +166,7 @@ def make_prompt(model: Any, tokens: Array, attention_mask: Array | None, max_new
     if model.config.streams == 2:
         check_start(model.config, rows, mask, max_new_tokens)
     graphdef, state = nnx.split(apart(model))
-    return Prompt(graphdef, state, rows, mask, room.length or width + size, size,
+    return Prompt(model, graphdef, state, rows, mask, room.length or width + size, size,
                   jnp.dtype(room.dtype or model.dtype))
 
 
@@ -227,14 +234,18 @@ def _right_aligned(tokens: np.ndarray, mask: np.ndarray, width: int
     return np.pad(tokens * mask, left), np.pad(mask, left)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "cache_dtype", "apart"))
 def prefill(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, *, slots: int,
-            cache_dtype: Any = None) -> tuple[jax.Array, Cache]:
-    """Runs left-padded prompts: the last position's logits `[batch, vocabulary]`, and the cache."""
+            cache_dtype: Any = None, apart: bool = False) -> tuple[jax.Array, Cache]:
+    """Runs left-padded prompts: the last position's logits `[batch, vocabulary]`, and the cache.
+
+    With `apart` each layer has keys and values of its own there, as a model has layers `apart`.
+    """
     model = nnx.merge(graphdef, state)
-    apart = any(isinstance(part, nnx.List) for part in vars(model).values())
-    cache = empty_cache(model.config, tokens.shape[0], slots, cache_dtype or model.dtype, apart)
+    cache = empty_cache(model.config, tokens.shape[0], slots, cache_dtype or model.dtype)
     hidden, cache = model(as_batch(model.config, tokens, mask), cache)
+    if apart:
+        cache = dataclasses.replace(cache, keys=tuple(cache.keys), values=tuple(cache.values))
     return model.logits(hidden[:, -1]), cache
 
 

@@ -205,6 +205,25 @@ def test_layers_apart_compute_the_same_in_the_same_memory(tiny, fields):
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_run_by_a_loop_over_layers_and_tokens_by_layers_apart(tiny, monkeypatch):
+    """A program for each length of a prompt is compiled: layer by layer that took most of the time.
+    """
+    loops, kinds = [], []
+
+    def watched(graphdef, state, *rest, **how):
+        traced = prefill.trace(graphdef, state, *rest, **how)
+        loops.append(sum(eqn.primitive.name == "scan" for eqn in traced.jaxpr.eqns))
+        return prefill(graphdef, state, *rest, **how)
+
+    def decoded(graphdef, state, loop, *rest):
+        kinds.append((type(nnx.merge(graphdef, state).layers), type(loop.cache.keys)))
+        return decode(graphdef, state, loop, *rest)
+    monkeypatch.setattr(module, "prefill", watched)
+    monkeypatch.setattr(module, "decode", decoded)
+    generate(tiny(), TOKENS, max_new_tokens=2)
+    assert loops == [1] and kinds == [(nnx.List, tuple)]
+
+
 def test_experts_in_no_layer(tiny):
     """A glm4_moe may have as many dense layers as it has layers: there is no other stack then."""
     model = tiny(model_type="glm4_moe", first_k_dense_replace=2, num_hidden_layers=2,
