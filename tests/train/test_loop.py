@@ -298,7 +298,8 @@ def test_compiling_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch, cap
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert found[0]["step"] == 3
     assert 1 < sum(tokens[1:3]) / found[0]["train/tokens_per_second"] < 2.5  # seconds of 2 and 3
-    first = capsys.readouterr().out.splitlines()[0]
+    data, first = capsys.readouterr().out.splitlines()[:2]
+    assert re.fullmatch(r"train \d+, dev \d+, test \d+ rows; classes: 好, 差", data)
     assert re.match(r".*: [\d,]+ of [\d,]+ parameters train for 6 steps, on 1 cpu; comp", first)
 
 
