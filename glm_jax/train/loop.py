@@ -133,6 +133,9 @@ class Loop:
                 with (contextlib.closing(tracker), processes.asked_to_stop() as asked,
                       contextlib.closing(Profile(self.config.profile, self.workdir)) as profile):
                     step = self.train(step, tracker, profile, asked)
+            elif self.config.profile.steps:
+                logging.warning("%s: no trace: this run is over; profile a run of another "
+                                "--workdir", self.workdir)
             self.checkpoints.wait()
             return self.finish(step)
         finally:
