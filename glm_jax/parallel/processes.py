@@ -31,10 +31,11 @@ TELL_SECONDS = 10  # a process that fails waits so long until all others have re
 LEAVE_SECONDS = 3  # which the others have to end before process 0 does, of a failure
 SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
 END_SECONDS = 600  # one that is done waits so long for the others to be
-UNREACHED = ("process 0 died: it can't be reached; the same commands go on from the last "
-             "checkpoint")
+UNREACHED = "process 0 died: it can't be reached; "
+AGAIN = "start all processes again"
 
 _client: Any = None  # of the coordination service, between joining and parting
+_again = AGAIN  # what to do when one has died
 _ending = threading.Lock()
 
 
@@ -56,7 +57,7 @@ def alone() -> bool:
 
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-           heartbeat: int = HEARTBEAT_SECONDS) -> Iterator[None]:
+           heartbeat: int = HEARTBEAT_SECONDS, again: str = AGAIN) -> Iterator[None]:
     """Within: one of several processes, which all come to the end of the block or end together.
 
     Before the first array. Without arguments Cloud TPU, Slurm or a JobSet of Kubernetes say who
@@ -67,10 +68,13 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
       processes: how many there are.
       process: the number of this one.
       heartbeat: seconds without a sign of life after which a process counts as dead.
+      again: what to do then, for the message.
 
     Raises:
       UserError: when it can't join.
     """
+    global _again
+    _again = again
     watch = _join(coordinator, processes, process, heartbeat)
     try:
         check_same("flags of processes", {"processes": processes, "heartbeat": heartbeat})
@@ -155,10 +159,9 @@ def _watch(client: Any, heartbeat: int) -> None:
         if dead:
             time.sleep(WATCH_SECONDS)  # at the end all leave: this one may be about to
         if dead and _client is client:
-            _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; the same "
-                 "commands go on from the last checkpoint")
+            _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; {_again}")
     if _client is client:
-        _end(UNREACHED)
+        _end(UNREACHED + _again)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -171,7 +174,7 @@ def _on_abort(signum: int) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
     except OSError:
-        _end(UNREACHED)
+        _end(UNREACHED + _again)
     faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns
 
 
