@@ -104,6 +104,9 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
         "--coordinator and --processes and a --process of its own, and reach the coordinator"])
     late.daemon = True
     late.start()
+    handle = ctypes.CDLL(None).signal
+    handle.restype = ctypes.c_void_p
+    before = ctypes.c_void_p(handle(signal.SIGABRT, _on_refusal))  # that of `faulthandler`
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=START_SECONDS + 60,
@@ -117,11 +120,12 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
                         "--process") from error
     finally:
         late.cancel()
+        handle(signal.SIGABRT, before)
     _client = _state().client
     watch = threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch")
     watch.start()
     if not speaks():
-        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+        handle(signal.SIGABRT, _on_abort)
     return watch
 
 
@@ -170,12 +174,26 @@ def _on_abort(signum: int) -> None:
 
     From a thread of its own, so that no handler of Python's would run.
     """
+    _reach_first()
+    faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_refusal(signum: int) -> None:
+    """JAX aborts a process that process 0 does not let join, too."""
+    _reach_first()
+    _end(f"process 0 refuses process {_state().process_id}: another one has come with that number, "
+         "or process 0 has a lower --processes; start all again, with the same --processes and a "
+         "--process of its own each")
+
+
+def _reach_first() -> None:
+    """Ends this process if process 0 can't be reached."""
     host, _, port = _state().coordinator_address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
     except OSError:
         _end(UNREACHED + _again)
-    faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns
 
 
 def _tell(error: BaseException, heartbeat: int) -> None:
