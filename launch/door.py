@@ -104,8 +104,12 @@ def on_mesh(folder: str, axis: str = "") -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Within: one of several processes, where the flags say so; the first one alone speaks."""
+def joined(again: str = processes.AGAIN) -> Iterator[None]:
+    """Within: one of several processes, where the flags say so; the first one alone speaks.
+
+    Args:
+      again: what to do when one of them has died.
+    """
     given: dict[str, Any] = {name: FLAGS[name].value
                              for name in ("coordinator", "processes", "process")}
     missing = [name for name, value in given.items() if value is None]
@@ -124,7 +128,7 @@ def joined() -> Iterator[None]:
     port = re.fullmatch(r".+:(\d+)", given["coordinator"] or "cluster:1")
     if port is None or not 0 < int(port[1]) < 2**16:
         raise UserError(f"--coordinator={given['coordinator']}: host:port is wanted, of process 0")
-    with processes.joined(**given, heartbeat=FLAGS.heartbeat):
+    with processes.joined(**given, heartbeat=FLAGS.heartbeat, again=again):
         if not processes.speaks() and not FLAGS.verbose:
             standard.disable(standard.WARNING)
         with _one_prints():

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import flags
+from absl import flags, logging
 
 from glm_jax.parallel import processes
 from launch import door
@@ -57,6 +57,11 @@ def measure(mesh: Any) -> None:
                             "all its rows are measured, without --data a split of the run's own")
         examples = pick(found, SPLIT.value or "test", DATA.value)
         check_labels(examples, trained.labels, DATA.value)
+        own = trained.config.task.train if trained.config is not None else ""
+        if (not SPLIT.value and Path(own).resolve() == Path(DATA.value).resolve()
+                and examples is pick(found, "train", own)):
+            logging.warning("%s: the run was trained on rows of it, which make the scores too "
+                            "good; without --data its test split is measured", DATA.value)
     elif trained.config is not None:
         examples = trained.splits()[SPLIT.value or "test"]
     else:

@@ -27,7 +27,7 @@ def main() -> None:
     from glm_jax.train.report import result_table
 
     workdir = Path(FLAGS.workdir or f"runs/{door.config_name()}")
-    with door.joined():
+    with door.joined("the same commands go on from the last checkpoint"):
         result, final = train(config, workdir)
     split = "test" if "test" in result else "dev"
     door.console().print(result_table(result, final.report, split))

@@ -24,10 +24,10 @@ Fields = dict[str, str]  # what a field is for ("text", "label") -> its name
 
 
 class Example(NamedTuple):
-    """One row: its text, its label as written ("" where none is asked for), where it stands."""
+    """One row: its text, its label ("" where none is asked for), where it stands."""
 
     text: str
-    label: str
+    label: str  # as written, without blanks around it
     where: str  # "reviews.csv:12": the file and the line on which the row begins
 
 
@@ -120,13 +120,18 @@ def _lines(text: str) -> io.StringIO:
 
 def _examples(rows: Iterable[Row], source: str, fields: Fields) -> list[Example]:
     """Rows as examples; UserError for the first row that lacks a field, and for no rows."""
-    examples = []
+    examples, blanks = [], []
     for row, where in rows:
         _check_fields(row, fields, where)
         values = {kind: written(row[field], kind, field, where) for kind, field in fields.items()}
-        examples.append(Example(values["text"], values.get("label", ""), where))
+        label = values.get("label", "")
+        examples.append(Example(values["text"], label.strip(), where))
+        blanks += [] if label == label.strip() else [where]
     if not examples:
         raise UserError(NO_ROWS.format(source))
+    if blanks:
+        logging.warning("%s: %d of %d labels have blanks around them, which are left out; the "
+                        "first stands at %s", source, len(blanks), len(examples), blanks[0])
     return examples
 
 
@@ -137,6 +142,8 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str, note: str = 
         if field not in names:
             near = difflib.get_close_matches(field, names, 1, 0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
+            if same := [name for name in names if name.strip() == field.strip()]:
+                hint = f" {same[0]!r} is the same but for its blanks."
             raise UserError(
                 f"{where}: no field {field!r} for the {kind}; there are "
                 f"{', '.join(map(repr, names)) or 'none'}.{hint} "

@@ -58,6 +58,7 @@ class ChatGLM6BConfig(MultiHeadConfig):
     supported: ClassVar = {"position_encoding_2d": (True,), "pre_seq_len": (None,),
                            "tie_word_embeddings": (True,)}
     streams: ClassVar = 2
+    max_position_embeddings = property(lambda self: self.max_sequence_length)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:

@@ -60,6 +60,7 @@ class Glm2021Config(MultiHeadConfig):
     supported: ClassVar = {"block_position_encoding": (True,), "relative_encoding": (False,),
                            "spell_length": (None,)}
     streams: ClassVar = 2
+    max_position_embeddings = property(lambda self: self.max_sequence_length)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:

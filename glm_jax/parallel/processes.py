@@ -31,10 +31,11 @@ TELL_SECONDS = 10  # a process that fails waits so long until all others have re
 LEAVE_SECONDS = 3  # which the others have to end before process 0 does, of a failure
 SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
 END_SECONDS = 600  # one that is done waits so long for the others to be
-UNREACHED = ("process 0 died: it can't be reached; the same commands go on from the last "
-             "checkpoint")
+UNREACHED = "process 0 died: it can't be reached; "
+AGAIN = "start all processes again"
 
 _client: Any = None  # of the coordination service, between joining and parting
+_again = AGAIN  # what to do when one has died
 _ending = threading.Lock()
 
 
@@ -56,7 +57,7 @@ def alone() -> bool:
 
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-           heartbeat: int = HEARTBEAT_SECONDS) -> Iterator[None]:
+           heartbeat: int = HEARTBEAT_SECONDS, again: str = AGAIN) -> Iterator[None]:
     """Within: one of several processes, which all come to the end of the block or end together.
 
     Before the first array. Without arguments Cloud TPU, Slurm or a JobSet of Kubernetes say who
@@ -67,10 +68,13 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
       processes: how many there are.
       process: the number of this one.
       heartbeat: seconds without a sign of life after which a process counts as dead.
+      again: what to do then, for the message.
 
     Raises:
       UserError: when it can't join.
     """
+    global _again
+    _again = again
     watch = _join(coordinator, processes, process, heartbeat)
     try:
         check_same("flags of processes", {"processes": processes, "heartbeat": heartbeat})
@@ -100,6 +104,9 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
         "--coordinator and --processes and a --process of its own, and reach the coordinator"])
     late.daemon = True
     late.start()
+    handle = ctypes.CDLL(None).signal
+    handle.restype = ctypes.c_void_p
+    before = ctypes.c_void_p(handle(signal.SIGABRT, _on_refusal))  # that of `faulthandler`
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=START_SECONDS + 60,
@@ -113,11 +120,12 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
                         "--process") from error
     finally:
         late.cancel()
+        handle(signal.SIGABRT, before)
     _client = _state().client
     watch = threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch")
     watch.start()
     if not speaks():
-        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+        handle(signal.SIGABRT, _on_abort)
     return watch
 
 
@@ -155,10 +163,9 @@ def _watch(client: Any, heartbeat: int) -> None:
         if dead:
             time.sleep(WATCH_SECONDS)  # at the end all leave: this one may be about to
         if dead and _client is client:
-            _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; the same "
-                 "commands go on from the last checkpoint")
+            _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; {_again}")
     if _client is client:
-        _end(UNREACHED)
+        _end(UNREACHED + _again)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -167,13 +174,27 @@ def _on_abort(signum: int) -> None:
 
     From a thread of its own, so that no handler of Python's would run.
     """
+    _reach_first()
+    faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_refusal(signum: int) -> None:
+    """JAX aborts a process that process 0 does not let join, too."""
+    _reach_first()
+    _end(f"process 0 refuses process {_state().process_id}: another one has come with that number, "
+         "or process 0 has a lower --processes; start all again, with the same --processes and a "
+         "--process of its own each")
+
+
+def _reach_first() -> None:
+    """Ends this process if process 0 can't be reached."""
     host, _, port = _state().coordinator_address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), WATCH_SECONDS) as service:
             service.recv(1)  # it speaks first; a process that hangs is connected to, and silent
     except OSError:
-        _end(UNREACHED)
-    faulthandler.dump_traceback()  # something else is wrong; the process ends when this returns
+        _end(UNREACHED + _again)
 
 
 def _tell(error: BaseException, heartbeat: int) -> None:

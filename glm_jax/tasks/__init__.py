@@ -1,6 +1,6 @@
 """The tasks: each tells how a record becomes arrays, what the loss is and which metrics count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -48,10 +48,16 @@ class Task(Protocol):
     @property
     def metrics(self) -> tuple[str, ...]: ...
     def fingerprint(self) -> str: ...
+    def about(self) -> str: ...  # a line on its data, for the terminal
     def source(self, split: str) -> Source: ...
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> jax.Array: ...
     def predict(self, model: Any, batch: Batch) -> Any: ...
     def evaluate(self, run: Run, split: str) -> Evaluation: ...
+
+
+def sizes(splits: Mapping[str, Sized]) -> str:
+    """`train 1,600, dev 200`"""
+    return ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
 
 
 def each(run: Run, source: Source, shape: Shape, pad_id: int) -> np.ndarray:

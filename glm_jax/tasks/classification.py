@@ -20,7 +20,7 @@ from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.loss import classification_loss
-from glm_jax.tasks import Evaluation, Run, each
+from glm_jax.tasks import Evaluation, Run, each, sizes
 from glm_jax.tasks.metrics import classification_metrics
 
 SHOWN = 10  # labels in a message, at most
@@ -113,6 +113,9 @@ class Classification(NamedTuple):
         splits = {split: [(row.text, row.label) for row in rows]
                   for split, rows in self.examples.items()}
         return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+
+    def about(self) -> str:
+        return f"{sizes(self.examples)} rows; classes: {shown(self.labels)}"
 
     def encode(self, texts: Sequence[str], name: str = "texts") -> list[np.ndarray]:
         """Token ids, framed and cut to a row: what Hugging Face's tokenizer gives.

@@ -19,7 +19,7 @@ from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.loss import cross_entropy
-from glm_jax.tasks import Evaluation, Run
+from glm_jax.tasks import Evaluation, Run, sizes
 from glm_jax.tasks.metrics import perplexity
 
 
@@ -93,6 +93,9 @@ class Instruction:
         splits = {name: [(row.messages, row.tools) for row in rows]
                   for name, rows in self.conversations.items()}
         return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+
+    def about(self) -> str:
+        return f"{sizes(self.conversations)} conversations"
 
     def encode(self, conversations: Sequence[Conversation], name: str = "") -> Rows:
         """Conversations as rows of at most `shape.length` tokens.

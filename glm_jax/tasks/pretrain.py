@@ -17,7 +17,7 @@ from glm_jax.errors import UserError
 from glm_jax.files import sha256_of_all
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.loss import cross_entropy
-from glm_jax.tasks import Evaluation, Run
+from glm_jax.tasks import Evaluation, Run, sizes
 from glm_jax.tasks.metrics import perplexity
 
 SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|endoftext|>")
@@ -107,6 +107,10 @@ class Pretrain(NamedTuple):
                 corpus.vectors()
         return sha256_of_all(Path(self.config.corpus) / f"{split}.{name}"
                              for split in ("train", "dev") for name in files)
+
+    def about(self) -> str:
+        corpora = {split: TokenCorpus(self.config.corpus, split) for split in ("train", "dev")}
+        return f"{sizes(corpora)} documents"
 
     def source(self, split: str) -> Texts:
         special = {name: self.tokenizer.token_id(name) for name in SPECIAL}

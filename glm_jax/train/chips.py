@@ -64,6 +64,12 @@ def sides_of(kind: str) -> int:
     return 1 if CHIPS[kind].host else 3 if kind in ("v4", "v5p") else 2
 
 
+def slices_of(kind: str) -> str:
+    """The shapes of slices that can be had, for a message."""
+    return ", ".join(FLAT) if sides_of(kind) == 2 else (
+        f"{', '.join(PARTS)}, and those with sides that 4 divides, the smallest first")
+
+
 def slice_of(accelerator: str) -> str:
     """`v6e:4x4` for Cloud TPU's `v6e-16`, whose number counts cores of v4 and v5p, two a chip.
 

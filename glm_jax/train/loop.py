@@ -133,17 +133,21 @@ class Loop:
                 with (contextlib.closing(tracker), processes.asked_to_stop() as asked,
                       contextlib.closing(Profile(self.config.profile, self.workdir)) as profile):
                     step = self.train(step, tracker, profile, asked)
+            elif self.config.profile.steps:
+                logging.warning("%s: no trace: this run is over; profile a run of another "
+                                "--workdir", self.workdir)
             self.checkpoints.wait()
             return self.finish(step)
         finally:
             self.checkpoints.close()
 
     def about(self) -> str:
-        """What trains where, for the terminal."""
+        """What trains on what and where, for the terminal."""
         devices = self.mesh.devices.flat
         mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1)
         trained = setup.count(self.parts.trainable)
-        return (f"{self.workdir}: {trained:,} of {trained + setup.count(self.parts.frozen):,} "
+        return (f"{self.task.about()}\n"
+                f"{self.workdir}: {trained:,} of {trained + setup.count(self.parts.frozen):,} "
                 f"parameters train for {self.steps} steps, on {len(devices)} "
                 f"{devices[0].device_kind}{f' ({mesh})' if mesh else ''}; compiling …")
 

@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, Mesh
 from glm_jax.errors import UserError
 from glm_jax.parallel.mesh import AXES, abstract_mesh, across_slices, make_mesh, use_rules
 from glm_jax.train import estimate, setup
-from glm_jax.train.chips import Topology
+from glm_jax.train.chips import Topology, slices_of
 from glm_jax.train.estimate import Pieces
 from glm_jax.train.flops import training_flops
 from glm_jax.train.hlo import Collective, collectives
@@ -126,14 +126,17 @@ def _tpus(topology: Topology) -> Any:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
     special: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    if topology.shape == (1, 1):  # of a host that has no others; else it has four
+        special["chips_per_host_bounds"] = (1, 1, 1)
     if topology.slices > 1:
         special["num_slices"] = topology.slices
     with _stderr():
         try:
             return topologies.get_topology_desc(name, "tpu", **special).devices
         except Exception as error:  # of several kinds, by what is wrong
-            raise UserError(f"--topology={topology}: the compiler knows no such slice: "
-                            f"{str(error).splitlines()[0]}") from None
+            raise UserError(f"--topology={topology}: the compiler knows no such slice; those of "
+                            f"{topology.kind} are {slices_of(topology.kind)} (its words: "
+                            f"{str(error).splitlines()[0]})") from None
 
 
 def pieces(config: Any, mesh: Any, slices: int = 1) -> Pieces:

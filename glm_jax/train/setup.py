@@ -102,6 +102,7 @@ def build(config: Any) -> Run:
         check_rows(config, mesh)
         tokenizer = tokenizer_of(config)
         task = make_task(config, tokenizer, mesh)
+        check_positions(config, task)
         parts = make_parts(config, task.head, task.labels, mesh, tokenizer)
     if (parts.lora_config and parts.lora_config.target_modules == ALL_LINEAR
             and any(".experts." in path for path in by_path(parts.frozen))):
@@ -121,6 +122,33 @@ def check_rows(config: Any, mesh: Mesh | AbstractMesh) -> None:
     if rows % ways:
         raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × "
                         f"fsdp × expert = {ways}")
+
+
+def check_positions(config: Any, task: Task) -> None:
+    """Logs how many examples have more tokens than the model has positions.
+
+    Raises:
+      UserError: where positions are learned, so that there are no more.
+    """
+    architecture, raw = raw_config(config)
+    most = getattr(architecture.config.from_dict(raw), "max_position_embeddings", math.inf)
+    if config.batch.length <= most:
+        return
+    for split in dict.fromkeys(("train", "dev", task.final)):
+        source = task.source(split)
+        lengths = source.lengths(0)
+        long = [index for index, length in enumerate(lengths) if length > most]
+        try:
+            for index in long:
+                task.shape.place(source.piece(index, 0))
+        except UserError as error:
+            raise UserError(f"batch.length={config.batch.length}: {error}, and {len(long)} of "
+                            f"{len(lengths)} texts of {split} are longer; lower it to {most}"
+                            ) from None
+        if long:
+            logging.warning("%s: %d of %d texts are longer than the %d positions that the model "
+                            "was made for; batch.length=%d would cut them", split, len(long),
+                            len(lengths), most, most)
 
 
 def folders(config: Any) -> tuple[Path, Path]:

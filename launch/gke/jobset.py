@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import flags
 
 from glm_jax.errors import UserError
-from glm_jax.train.chips import FLAT, PARTS, sides_of
+from glm_jax.train.chips import FLAT, PARTS, sides_of, slices_of
 from launch import door, shell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,12 +51,9 @@ def check_slice(kind: str, shape: str) -> list[int]:
     if not re.fullmatch("x".join([r"[1-9]\d*"] * count), shape):
         raise UserError(f"--topology={shape}: a slice of --tpu={kind} has {count} sides, such as "
                         f"{'x'.join('4' * count)}")
-    if count == 2 and shape not in FLAT:
-        raise UserError(f"--topology={shape}: the slices of --tpu={kind} are {', '.join(FLAT)}")
-    cubes = sides == sorted(sides) and all(side % 4 == 0 for side in sides)
-    if count == 3 and shape not in PARTS and not cubes:
-        raise UserError(f"--topology={shape}: the slices of --tpu={kind} are {', '.join(PARTS)}, "
-                        "and those with sides that 4 divides, the smallest first")
+    cubes = count == 3 and sides == sorted(sides) and all(side % 4 == 0 for side in sides)
+    if shape not in (FLAT if count == 2 else PARTS) and not cubes:
+        raise UserError(f"--topology={shape}: the slices of --tpu={kind} are {slices_of(kind)}")
     return sides
 
 

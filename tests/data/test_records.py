@@ -27,13 +27,15 @@ def pairs(examples):
     return [(example.text, example.label) for example in examples]
 
 
-def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path):
-    path = write(tmp_path, "a.csv", '\ufefftext,label\r\n"好,""真好""\r\n下次还来",0\r\n\r\n'
+def test_csv_with_quotes_line_breaks_blanks_and_a_byte_order_mark(tmp_path, caplog):
+    path = write(tmp_path, "a.csv", '\ufefftext, label\r\n"好,""真好""\r\n下次还来",0\r\n\r\n'
                                     "差\u2028很差, 负 \r\n")
     assert read_file(path) == [
         Example('好,"真好"\n下次还来', "0", f"{path}:2"),
-        Example("差\u2028很差", " 负 ", f"{path}:5"),  # labels as written; physical lines counted
+        Example("差\u2028很差", "负", f"{path}:5"),  # physical lines are counted
     ]
+    assert caplog.messages == [f"{path}: 1 of 2 labels have blanks around them, which are left "
+                               f"out; the first stands at {path}:5"]
 
 
 def test_tsv_keeps_commas(tmp_path):
@@ -111,6 +113,8 @@ BAD = [
     ("field.jsonl", '{"text": "好", "label": 1}\n{"text": "差", "lable": 0}\n',
      "field.jsonl:2: no field 'label' for the label; there are 'text', 'lable'. "
      "Did you mean 'lable'?"),
+    ("blanks.jsonl", '{"texts": "坏", " text": "好", "label": 1}\n',
+     "there are 'texts', ' text', 'label'. ' text' is the same but for its blanks. Name it with"),
     ("null.jsonl", '{"text": "好", "label": null}\n', "null.jsonl:1: the label"),
     ("nan.jsonl", '{"text": "好", "label": NaN}\n', "nan.jsonl:1: the label"),
     ("kind.jsonl", '{"text": ["好"], "label": 1}\n',

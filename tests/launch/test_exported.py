@@ -45,9 +45,12 @@ def test_evaluate_measures_what_the_run_measured(door, refused, run, reviews, tm
 
     several = []
     for source in (folder, folder / "adapter"):
-        done = door("evaluate", f"--model={source}", f"--data={reviews}",
+        data = reviews if several else os.path.relpath(reviews, ROOT)
+        done = door("evaluate", f"--model={source}", f"--data={data}",
                     f"--json={tmp_path / 'all.json'}")
         assert done.code == 0, done.err
+        assert ("trained on rows of it, which make the scores too good" in done.err) == (
+            source == folder)  # an adapter does not say
         several.append(json.loads((tmp_path / "all.json").read_text()))
     assert several[0]["examples"] == 240
     assert several[1]["loss"] == pytest.approx(several[0]["loss"], abs=1e-5)

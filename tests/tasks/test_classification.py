@@ -210,4 +210,7 @@ def test_many_labels_are_not_all_printed(load):
     rows = [(f"房{i}", f"说{i}") for i in range(12)]
     with pytest.raises(UserError, match="its 12 training rows have 12 different labels; is 'la"):
         load(rows, rows, rows)
-    assert len(load(rows * 2, rows, rows).labels) == 12
+    task = load(rows * 100, rows, rows)
+    assert len(task.labels) == 12
+    assert task.about().startswith("train 1,200, dev 12, test 12 rows; classes: 说0, 说1, 说10, ")
+    assert task.about().endswith("说7, … and 2 more")

@@ -176,6 +176,7 @@ def test_a_bad_row_of_any_split_is_told_before_training_and_each_is_encoded_once
         load("dev")
     task = load("fine")
     assert task.source("dev") is task.source("dev") and len(task.source("train").ids) == 1
+    assert task.about() == "train 1, dev 1 conversations"
 
 
 def test_training_is_smoothed_and_what_is_reported_is_not():

@@ -161,7 +161,8 @@ def test_dev_is_read_left_to_right_whatever_the_mixture(base, corpus):
     assert all(source.piece(i, 0).tokens[0] == special for i in range(len(source.size)))
 
 
-def test_the_fingerprint(base, corpus):
+def test_the_fingerprint_and_what_the_terminal_says(base, corpus):
+    assert make(base, corpus).about() == "train 60, dev 5 documents"
     before = make(base, corpus).fingerprint()
     assert make(base, corpus, (1, 0, 0)).fingerprint() == before
     write_tokens(corpus, "train", [Document("房间" * 20, 0)], load_tokenizer(base))

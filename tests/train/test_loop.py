@@ -79,15 +79,16 @@ def test_stopped_and_gone_on_is_the_same_as_never_stopped(smoke, stop_at, tmp_pa
     assert again.result["seconds"] > 0
 
 
-def test_a_finished_run_is_not_trained_again(smoke, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_trained_again(smoke, tmp_path, monkeypatch, caplog):
     loop.train(smoke(**{"log.tensorboard": True}), tmp_path)
     before = content(tmp_path)
     monkeypatch.setattr(loop.Log, "put", lambda *a: pytest.fail("it trains again"))
     loop.train(smoke(**{"log.tensorboard": True}), tmp_path)
-    assert content(tmp_path) == before
+    assert content(tmp_path) == before and "no trace" not in caplog.text
     (tmp_path / "result.json").unlink()  # killed before it was written
-    loop.train(smoke(**{"log.tensorboard": True}), tmp_path)
+    loop.train(smoke(**{"log.tensorboard": True, "profile.steps": 1, "profile.start": 0}), tmp_path)
     assert set(content(tmp_path)) == set(before)
+    assert "no trace: this run is over" in caplog.text
 
 
 def test_the_best_on_dev_is_what_is_tested_and_exported(smoke, scores, stop_at, tmp_path,
@@ -298,7 +299,8 @@ def test_compiling_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch, cap
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert found[0]["step"] == 3
     assert 1 < sum(tokens[1:3]) / found[0]["train/tokens_per_second"] < 2.5  # seconds of 2 and 3
-    first = capsys.readouterr().out.splitlines()[0]
+    data, first = capsys.readouterr().out.splitlines()[:2]
+    assert re.fullmatch(r"train \d+, dev \d+, test \d+ rows; classes: 好, 差", data)
     assert re.match(r".*: [\d,]+ of [\d,]+ parameters train for 6 steps, on 1 cpu; comp", first)
 
 

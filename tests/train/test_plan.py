@@ -239,11 +239,16 @@ def test_the_compilers_own_figures_when_it_does_not_fit(said, sizes):
     ({"mesh.fsdp": 16}, "h100:4", "mesh: fsdp=16 takes 16 of the 4 chips of h100:4"),
     ({"steps": -1}, "h100:4", "steps=-1"),
     ({"model.remat": "some"}, "h100:4", "choose one of none, attention"),
-    ({}, "v5e:3x5", "the compiler knows no such slice"),
+    ({}, "v5e:3x5", "knows no such slice; those of v5e are 1x1, 2x2, 2x4, .*, 16x16 "),
+    ({}, "v5p:3x3x3", "those of v5p are 2x2x1, .* that 4 divides, the smallest first "),
 ])
 def test_bad_plans(fields, where, message):
     with pytest.raises(UserError, match=message):
         make_plan(small(**fields), topology(where))
+
+
+def test_a_single_chip():
+    assert len(plans._tpus(topology("v6e:1x1"))) == 1
 
 
 def test_without_the_compiler(monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from configs import chat
 from glm_jax.convert.hf import init_model, save_model
@@ -118,6 +119,31 @@ def test_bad_settings(smoke, fields, message):
     with pytest.raises(UserError) as error:
         setup.build(smoke(**fields))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"model_type": "bert", "max_position_embeddings": 9}, "batch.length=32: .* only 9 positions"),
+    ({"model_type": "glm", "num_layers": 1, "max_sequence_length": 9}, "only 10 .*; lower it to 9"),
+    ({"model_type": "glm", "num_hidden_layers": 1, "max_position_embeddings": 9}, ""),
+    ({"model_type": "chatglm", "position_encoding_2d": True, "max_sequence_length": 9}, "")])
+def test_texts_longer_than_the_models_positions(smoke, caplog, fields, message):
+    """An error where they are learned, before a model is made; a line where they are not."""
+    config = smoke("full", **{"model.init": "random"})
+    config.model.config = ConfigDict({"vocab_size": 320} | fields)
+
+    def check(**how):
+        config.update_from_flattened_dict(how)
+        setup.check_positions(config, setup.make_task(config, setup.tokenizer_of(config)))
+    if message:
+        with pytest.raises(UserError, match=message):
+            setup.build(config)
+    else:
+        check()
+        said = [text for text in caplog.messages if "longer than the 9 positions" in text]
+        assert [text.partition(":")[0] for text in said] == ["train", "dev", "test"]
+    caplog.clear()
+    check(**{"batch.length": 9})
+    assert "positions" not in caplog.text
 
 
 def test_conv_rnn_takes_one_example_a_row(smoke):
