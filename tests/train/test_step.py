@@ -64,9 +64,9 @@ class Trainer(NamedTuple):
 @pytest.fixture(scope="module")
 def trainer(tiny):
     def make(sizes=ONE, patterns=("adapter", "score"), dropout=0.0, accumulate=1,
-             optimizer=None, ema=0.0, offload=False):
+             optimizer=None, ema=0.0, offload=False, **fields):
         mesh = make_mesh(sizes)
-        graphdef, arrays = nnx.split(tiny("sequence", mesh))
+        graphdef, arrays = nnx.split(tiny("sequence", mesh, **fields))
         model = nnx.merge(graphdef, jax.tree.map(jnp.copy, arrays))  # a step donates its state
         if "adapter" in patterns:
             config = lora.LoRAConfig(r=4, lora_alpha=8, lora_dropout=dropout,
@@ -198,7 +198,7 @@ def test_a_state_in_the_hosts_memory_is_the_same_and_stays_there(trainer):
     for offload in (False, True):
         # Of half of a key's bias the gradient is rounding alone: a small eps makes steps of it.
         ours = trainer(sizes, (".*",), optimizer=optimizer_of(offload=offload, eps=1e-3),
-                       offload=offload)
+                       offload=offload, intermediate_size=64)  # large enough to be sent away
         _, results[offload], _ = ours.run(items)
         kinds = {path[-1]: leaf.sharding.memory_kind for path, leaf in
                  jax.tree_util.tree_leaves_with_path(results[offload]["optimizer"])
