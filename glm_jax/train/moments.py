@@ -70,53 +70,94 @@ def is_large(x: Any) -> bool:
     return bool(x.ndim > 1 and x.size >= SMALLEST)
 
 
+class Skipping(optax.GradientTransformationExtraArgs):
+    """A transformation whose state stays as it is where `update`'s `fine` is false."""
+
+
+def skipping(transformation: optax.GradientTransformation) -> Skipping:
+    """`transformation`; one that does not skip by itself gets a choice of states behind it."""
+    if isinstance(transformation, Skipping):
+        return transformation
+    plain = optax.with_extra_args_support(transformation)
+
+    def update(grads: Any, state: Any, params: Any = None, *, fine: Any = True, **others: Any
+               ) -> tuple[Any, Any]:
+        updates, new = plain.update(grads, state, params, **others)
+        return updates, optax.tree.where(fine, new, state)
+
+    return Skipping(plain.init, update)
+
+
+def chain(*transformations: optax.GradientTransformation) -> Skipping:
+    """`optax.chain`, each part of which skips."""
+    return Skipping(*optax.chain(*map(skipping, transformations)))
+
+
 def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable[[str], int],
-               offload: bool = False) -> optax.GradientTransformationExtraArgs:
+               offload: bool = False) -> Skipping:
     """Each parameter of a dict by a transformation of its own, in a stack each layer by itself.
 
     Layers are taken one after another, since only some steps of a transformation are fused by XLA:
-    what lies between them is then a layer's size, not the model's.
+    what lies between them is then a layer's size, not the model's. Each layer's update is written
+    over its gradient, its new state over the old: else a GPU holds all of them twice.
 
     Args:
       of: the transformation for the parameter of this path; `update` is told which `layer` it is.
       axes: how many axes a layer's own array has; those before it are of stacks.
-      offload: the large leaves of the state lie in the host's memory, and come a layer at a time;
-        only where `update`'s `fine` is true do they change.
+      offload: the large leaves of the state lie in the host's memory, and come a layer at a time.
     """
-    def over(call: Callable[..., Any], stacked: int) -> Callable[..., Any]:
-        for _ in range(stacked - 1):  # the experts of a layer
-            call = jax.vmap(call)
-        return call if stacked < 1 else lambda *xs: jax.lax.map(lambda x: call(*x), xs)
-
     def init(params: Any) -> Any:
-        return {path: over(of(path).init, x.ndim - axes(path))(x) for path, x in params.items()}
+        def one(path: str, x: jax.Array) -> Any:
+            stacked, call = x.ndim - axes(path), of(path).init
+            for _ in range(stacked - 1):  # the experts of a layer
+                call = jax.vmap(call)
+            return jax.lax.map(call, x) if stacked > 0 else call(x)
+        return {path: one(path, x) for path, x in params.items()}
 
     def update(grads: Any, state: Any, params: Any, *, fine: Any = True, **others: Any
                ) -> tuple[Any, Any]:
+        here, there = jax.memory.Space.Device, jax.memory.Space.Host
+
         def one(path: str) -> tuple[Any, Any]:
-            large = jax.tree.map(is_large, state[path])
-
-            def bring(x: Any, far: bool) -> Any:
-                return jax.device_put(x, jax.memory.Space.Device) if far else x
-
-            def send(new: Any, old: Any, far: bool) -> Any:
-                return (jax.device_put(jnp.where(fine, new, old), jax.memory.Space.Host) if far
-                        else new)
-
+            both = grads[path], state[path]
+            far = False, jax.tree.map(lambda x: offload and is_large(x), state[path])
             own = optax.with_extra_args_support(of(path))
 
-            def call(grad: jax.Array, old: Any, param: jax.Array, layer: Any) -> tuple[Any, Any]:
-                here = jax.tree.map(bring, old, large) if offload else old
-                updates, new = own.update(grad, here, param, layer=layer)
-                return updates, jax.tree.map(send, new, here, large) if offload else new
+            def move(both: Any, where: Any) -> Any:
+                return jax.tree.map(lambda x, far: jax.device_put(x, where) if far else x,
+                                    both, far)
+
+            def call(both: Any, param: jax.Array, layer: Any) -> tuple[Any, Any]:
+                updates, new = own.update(*both, param, layer=layer)
+                return updates, optax.tree.where(fine, new, both[1])
+
             lead = grads[path].shape[:grads[path].ndim - axes(path)]
-            return over(call, len(lead))(grads[path], state[path], params[path],
-                                         jnp.arange(math.prod(lead)).reshape(lead))
+            layers = jnp.arange(math.prod(lead)).reshape(lead)
+            if not lead:
+                return move(call(move(both, here), params[path], layers), there)
+            for _ in lead[1:]:  # the experts of a layer
+                call = jax.vmap(call)
+
+            def at(both: Any, index: Any) -> Any:
+                return move(jax.tree.map(
+                    lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), both),
+                    here)
+
+            # A layer is cut out a turn before it is written: XLA copies a stack, all of it and for
+            # each layer, where one turn computes from it and writes to it.
+            def step(carry: Any, x: tuple[jax.Array, ...]) -> tuple[Any, None]:
+                (both, cut), (index, param, layer) = carry, x
+                both = jax.tree.map(
+                    lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0),
+                    both, move(call(cut, param, layer), there))
+                return (both, at(both, index + 1)), None  # behind the last is the last again
+            xs = jnp.arange(lead[0], dtype=jnp.uint32), params[path], layers
+            return jax.lax.scan(step, (both, at(both, 0)), xs)[0][0]
         both = {path: one(path) for path in grads}
         return ({path: updates for path, (updates, _) in both.items()},
                 {path: new for path, (_, new) in both.items()})
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Skipping(init, update)
 
 
 def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from glm_jax.errors import UserError
-from glm_jax.train.moments import compact, each_layer
+from glm_jax.train.moments import Skipping, chain, compact, each_layer
 
 NAMES = ("adamw", "adafactor")
 STATE_DTYPES = ("float32", "bfloat16", "int8")
@@ -43,7 +43,7 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: Any, schedule: optax.Schedule) -> Skipping:
     """Clips the norm of all trainable gradients together, scales them, decays, and steps.
 
     Scaled is by Adam's moments (Loshchilov and Hutter 2019) or Adafactor's (Shazeer and Stern
@@ -92,11 +92,11 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
 
     scaled = adam if (name, dtype, offload) == ("adamw", "float32", False) else each_layer(
         of, lambda path: 1 + is_matrix(path), offload)
-    optimizer = optax.chain(
+    optimizer = chain(
         scaled,
         optax.add_decayed_weights(config.weight_decay,
                                   mask=lambda params: {path: is_matrix(path) for path in params}),
         optax.scale_by_learning_rate(schedule))
     if not config.clip_norm:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

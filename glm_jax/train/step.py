@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.nn.batch import Batch, pairs
-from glm_jax.train.moments import is_large
+from glm_jax.train.moments import is_large, skipping
 
 HOST = "pinned_host"  # the kind of memory that an optimizer's state is offloaded to
 
@@ -122,7 +122,7 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
         return loss(model, batch, key) / weight
 
     gradient = jax.value_and_grad(total)
-    update = optax.with_extra_args_support(optimizer).update
+    update = skipping(optimizer).update
     where = jax.tree.map(lambda x: x.sharding, state)
 
     def step(state: State, frozen: nnx.State, batch: Batch) -> tuple[State, Any]:
@@ -146,16 +146,13 @@ def make_step(graphdef: nnx.GraphDef, trainable: nnx.State, loss: Loss,
         norm = optax.global_norm(grads)
         fine = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = update(grads, state["optimizer"], arrays, fine=fine)
-        new = {"trainable": optax.apply_updates(arrays, updates), "optimizer": opt}
+        new = {"trainable": optax.apply_updates(arrays, updates)}
         if ema:
             left = jnp.minimum(ema, (1 + state["step"]) / (10 + state["step"]))
             new["average"] = optax.incremental_update(new["trainable"], state["average"], 1 - left)
-        old, places = ({name: tree[name] for name in new} for tree in (state, where))
-        new = jax.tree.map(  # what lies on the host was chosen on its way there
-            lambda a, b, place: a if place.memory_kind == HOST else jnp.where(fine, a, b),
-            new, old, places)
+        new = optax.tree.where(fine, new, {name: state[name] for name in new})
         bad = (~fine).astype(jnp.int32)
-        new |= {"step": state["step"] + 1, "skipped": state["skipped"] + bad,
+        new |= {"optimizer": opt, "step": state["step"] + 1, "skipped": state["skipped"] + bad,
                 "skipped_in_a_row": (state["skipped_in_a_row"] + 1) * bad}
         metrics = {"loss": value, "grad_norm": norm, "skipped": new["skipped"],
                    "skipped_in_a_row": new["skipped_in_a_row"],

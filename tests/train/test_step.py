@@ -17,7 +17,9 @@ from glm_jax.adapters import lora, partition
 from glm_jax.data.packing import Piece, Shape, assemble
 from glm_jax.nn.loss import classification_loss
 from glm_jax.parallel.mesh import make_mesh, put, sharding
+from glm_jax.train.chips import topology
 from glm_jax.train.optimizer import make_optimizer
+from glm_jax.train.plan import _tpus
 from glm_jax.train.step import batch_weight, bind, by_path, init_state, judged, make_step
 from tests.packed import KINDS, assert_same, loss_and_gradient, model_of
 from tests.packed import batches as packings
@@ -62,9 +64,9 @@ class Trainer(NamedTuple):
 @pytest.fixture(scope="module")
 def trainer(tiny):
     def make(sizes=ONE, patterns=("adapter", "score"), dropout=0.0, accumulate=1,
-             optimizer=None, ema=0.0, offload=False):
+             optimizer=None, ema=0.0, offload=False, **fields):
         mesh = make_mesh(sizes)
-        graphdef, arrays = nnx.split(tiny("sequence", mesh))
+        graphdef, arrays = nnx.split(tiny("sequence", mesh, **fields))
         model = nnx.merge(graphdef, jax.tree.map(jnp.copy, arrays))  # a step donates its state
         if "adapter" in patterns:
             config = lora.LoRAConfig(r=4, lora_alpha=8, lora_dropout=dropout,
@@ -196,7 +198,7 @@ def test_a_state_in_the_hosts_memory_is_the_same_and_stays_there(trainer):
     for offload in (False, True):
         # Of half of a key's bias the gradient is rounding alone: a small eps makes steps of it.
         ours = trainer(sizes, (".*",), optimizer=optimizer_of(offload=offload, eps=1e-3),
-                       offload=offload)
+                       offload=offload, intermediate_size=64)  # large enough to be sent away
         _, results[offload], _ = ours.run(items)
         kinds = {path[-1]: leaf.sharding.memory_kind for path, leaf in
                  jax.tree_util.tree_leaves_with_path(results[offload]["optimizer"])
@@ -211,6 +213,40 @@ def test_a_state_in_the_hosts_memory_is_the_same_and_stays_there(trainer):
         wanted = getattr(adam, field)[name]
         np.testing.assert_allclose(getattr(state[name], field), wanted, rtol=0,
                                    atol=1e-5 * np.abs(wanted).max())
+
+
+def memory_of_a_stacks_step(mesh, **fields):
+    """What a step of one stack takes, and the bytes of the stack."""
+    class Model(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jax.ShapeDtypeStruct((16, 1024, 4096), jnp.float32,
+                                                         sharding=NamedSharding(mesh, P())))
+
+    def loss(model, batch, key):
+        return jnp.sum(jnp.tanh(model.kernel[...]))
+    graphdef, trainable = nnx.split(Model())
+    arrays, optimizer = by_path(trainable), optimizer_of(**fields)
+    state = init_state(arrays, optimizer, mesh, offload=fields.get("offload", False))
+    step = make_step(graphdef, trainable, loss, optimizer, state, seed=0)
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, nnx.State({}), batches(1)[0]).compile()
+    return compiled.memory_analysis(), arrays["kernel"].size * 4
+
+
+@pytest.mark.parametrize("fields", [{"state_dtype": "bfloat16"}, {"name": "adafactor"}],
+                         ids=lambda fields: next(iter(fields.values())))
+def test_a_stack_is_updated_in_place(fields):
+    """A CPU holds two stacks for the gradient, and none for a new state or the updates."""
+    memory, stack = memory_of_a_stacks_step(make_mesh(ONE), **fields)
+    assert memory.temp_size_in_bytes < 2.3 * stack
+
+
+def test_a_state_in_the_hosts_memory_is_updated_in_place():
+    """A TPU holds one gradient, its host one state."""
+    memory, stack = memory_of_a_stacks_step(
+        make_mesh(ONE, _tpus(topology("v5e:2x2"))[:1]), state_dtype="bfloat16", offload=True)
+    assert memory.temp_size_in_bytes < 1.3 * stack
+    assert memory.host_temp_size_in_bytes == 0
 
 
 def test_the_average_follows_the_parameters_and_is_what_is_judged(trainer):
@@ -314,13 +350,15 @@ def test_what_a_batch_is_divided_by():
     assert float(batch_weight(tokens)) == 1.5
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(trainer, accumulate):
+@pytest.mark.parametrize(("accumulate", "fields"), [
+    (1, {}), (2, {"state_dtype": "bfloat16"})])  # the latter skips layer by layer
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(trainer, accumulate, fields):
     good = batches(3)
     weights = good[1].label_weights.copy()
     weights[0, 0] = np.nan
     bad = jax.tree.map(lambda x: weights if x is good[1].label_weights else x, good[1])
-    ours, reference = trainer(accumulate=accumulate), trainer(accumulate=accumulate)
+    ours, reference = (trainer(accumulate=accumulate, optimizer=optimizer_of(**fields))
+                       for _ in range(2))
     _, state, _ = ours.run(good[:1])
     before = host(state)
     losses, state, metrics = ours._replace(state=state).run([bad, bad])
