@@ -31,7 +31,7 @@ TELL_SECONDS = 10  # a process that fails waits so long until all others have re
 LEAVE_SECONDS = 3  # which the others have to end before process 0 does, of a failure
 SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
 END_SECONDS = 600  # one that is done waits so long for the others to be
-UNREACHED = "process 0 died: it can't be reached; "
+UNREACHED = "process 0 died: it can't be reached"
 AGAIN = "start all processes again"
 
 _client: Any = None  # of the coordination service, between joining and parting
@@ -165,7 +165,7 @@ def _watch(client: Any, heartbeat: int) -> None:
         if dead and _client is client:
             _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; {_again}")
     if _client is client:
-        _end(UNREACHED + _again)
+        _end(f"{UNREACHED}; {_again}")
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -194,7 +194,7 @@ def _reach_first() -> None:
         with socket.create_connection((host.strip("[]"), int(port)), WATCH_SECONDS) as service:
             service.recv(1)  # it speaks first; a process that hangs is connected to, and silent
     except OSError:
-        _end(UNREACHED + _again)
+        _end(f"{UNREACHED}; {_again}")
 
 
 def _tell(error: BaseException, heartbeat: int) -> None:

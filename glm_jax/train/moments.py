@@ -106,11 +106,15 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
       axes: how many axes a layer's own array has; those before it are of stacks.
       offload: the large leaves of the state lie in the host's memory, and come a layer at a time.
     """
+    def of_a_layer(call: Callable[..., Any], stacked: int) -> Callable[..., Any]:
+        for _ in range(stacked - 1):  # its experts
+            call = jax.vmap(call)
+        return call
+
     def init(params: Any) -> Any:
         def one(path: str, x: jax.Array) -> Any:
-            stacked, call = x.ndim - axes(path), of(path).init
-            for _ in range(stacked - 1):  # the experts of a layer
-                call = jax.vmap(call)
+            stacked = x.ndim - axes(path)
+            call = of_a_layer(of(path).init, stacked)
             return jax.lax.map(call, x) if stacked > 0 else call(x)
         return {path: one(path, x) for path, x in params.items()}
 
@@ -135,8 +139,7 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
             layers = jnp.arange(math.prod(lead)).reshape(lead)
             if not lead:
                 return move(call(move(both, here), params[path], layers), there)
-            for _ in lead[1:]:  # the experts of a layer
-                call = jax.vmap(call)
+            update_layer = of_a_layer(call, len(lead))
 
             def at(both: Any, index: Any) -> Any:
                 return move(jax.tree.map(
@@ -149,13 +152,13 @@ def each_layer(of: Callable[[str], optax.GradientTransformation], axes: Callable
                 (both, cut), (index, param, layer) = carry, x
                 both = jax.tree.map(
                     lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0),
-                    both, move(call(cut, param, layer), there))
+                    both, move(update_layer(cut, param, layer), there))
                 return (both, at(both, index + 1)), None  # behind the last is the last again
             xs = jnp.arange(lead[0], dtype=jnp.uint32), params[path], layers
             return jax.lax.scan(step, (both, at(both, 0)), xs)[0][0]
-        both = {path: one(path) for path in grads}
-        return ({path: updates for path, (updates, _) in both.items()},
-                {path: new for path, (_, new) in both.items()})
+        found = {path: one(path) for path in grads}
+        return ({path: updates for path, (updates, _) in found.items()},
+                {path: new for path, (_, new) in found.items()})
 
     return Skipping(init, update)
 

@@ -137,18 +137,18 @@ def check_positions(config: Any, task: Task) -> None:
     for split in dict.fromkeys(("train", "dev", task.final)):
         source = task.source(split)
         lengths = source.lengths(0)
-        long = [index for index, length in enumerate(lengths) if length > most]
+        long = int(np.sum(np.asarray(lengths) > most))
+        if not long:
+            continue
         try:
-            for index in long:
-                task.shape.place(source.piece(index, 0))
+            task.shape.place(source.piece(int(np.argmax(lengths)), 0))
         except UserError as error:
-            raise UserError(f"batch.length={config.batch.length}: {error}, and {len(long)} of "
+            raise UserError(f"batch.length={config.batch.length}: {error}, and {long} of "
                             f"{len(lengths)} texts of {split} are longer; lower it to {most}"
                             ) from None
-        if long:
-            logging.warning("%s: %d of %d texts are longer than the %d positions that the model "
-                            "was made for; batch.length=%d would cut them", split, len(long),
-                            len(lengths), most, most)
+        logging.warning("%s: %d of %d texts are longer than the %d positions that the model was "
+                        "made for; batch.length=%d would cut them", split, long, len(lengths),
+                        most, most)
 
 
 def folders(config: Any) -> tuple[Path, Path]:

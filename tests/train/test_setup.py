@@ -122,10 +122,10 @@ def test_bad_settings(smoke, fields, message):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"model_type": "bert", "max_position_embeddings": 9}, "batch.length=32: .* only 9 positions"),
-    ({"model_type": "glm", "num_layers": 1, "max_sequence_length": 9}, "only 10 .*; lower it to 9"),
-    ({"model_type": "glm", "num_hidden_layers": 1, "max_position_embeddings": 9}, ""),
-    ({"model_type": "chatglm", "position_encoding_2d": True, "max_sequence_length": 9}, "")])
+    ({"model_type": "bert", "max_position_embeddings": 20}, "length=32: .* only 20 positions"),
+    ({"model_type": "glm", "num_layers": 1, "max_sequence_length": 20}, "21 .*; lower it to 20"),
+    ({"model_type": "glm", "num_hidden_layers": 1, "max_position_embeddings": 20}, ""),
+    ({"model_type": "chatglm", "position_encoding_2d": True, "max_sequence_length": 20}, "")])
 def test_texts_longer_than_the_models_positions(smoke, caplog, fields, message):
     """An error where they are learned, before a model is made; a line where they are not."""
     config = smoke("full", **{"model.init": "random"})
@@ -139,10 +139,10 @@ def test_texts_longer_than_the_models_positions(smoke, caplog, fields, message):
             setup.build(config)
     else:
         check()
-        said = [text for text in caplog.messages if "longer than the 9 positions" in text]
+        said = [text for text in caplog.messages if "longer than the 20 positions" in text]
         assert [text.partition(":")[0] for text in said] == ["train", "dev", "test"]
     caplog.clear()
-    check(**{"batch.length": 9})
+    check(**{"batch.length": 20})
     assert "positions" not in caplog.text
 
 
