@@ -40,7 +40,7 @@ from glm_jax.models import architecture_of, as_batch, chatglm6b, head_of
 from glm_jax.models.glm2021 import choices_batch
 from glm_jax.nn import compute
 from glm_jax.nn.batch import Batch, blank_batch, causal_batch, visible
-from glm_jax.nn.layers import scan
+from glm_jax.nn.layers import apart, scan
 from glm_jax.nn.loss import classification_loss, cross_entropy
 
 HERE = Path(__file__).resolve().parent
@@ -59,8 +59,13 @@ FOLDERS = sorted(p for p in ROOT.iterdir() if p.is_dir()) if ROOT.is_dir() else 
 
 @pytest.fixture(autouse=True)
 def rolled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are scanned, as in a deep model: most of the time here goes into compiling them."""
+    """Layers are scanned, as in a deep model: most of the time here goes into compiling them.
+
+    So are those of a deep one when it generates; of the others they are apart, as always on a CPU.
+    """
     monkeypatch.setattr(compute, "UNROLLED", 0)
+    monkeypatch.setattr("glm_jax.infer.generate.apart", lambda model: (
+        model if model.config.num_hidden_layers > 8 else apart(model)))
 
 
 def test_layers_are_scanned_here():
