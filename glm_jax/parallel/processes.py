@@ -220,8 +220,8 @@ def _tell(error: BaseException, heartbeat: int) -> None:
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-    if any(type(cause).__name__ == "JaxRuntimeError" and "out of memory" not in str(cause).lower()
-           for cause in causes):
+    if any((type(cause).__name__ == "JaxRuntimeError" or "Gloo" in str(cause))  # or a ValueError
+           and "out of memory" not in str(cause).lower() for cause in causes):
         # Most likely another one's death broke what all compute together: `_watch` will know.
         time.sleep(heartbeat + 5 * WATCH_SECONDS)
     why = str(error) or "stopped"

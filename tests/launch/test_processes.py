@@ -262,6 +262,15 @@ def test_a_mistake_in_one_process_ends_those_that_wait_for_it(program):
     assert told(other)[0].startswith("Traceback") and told(other)[-1].endswith("of ours")
 
 
+def test_a_dead_process_is_told_in_place_of_what_its_death_broke(program):
+    """JAX raises that from a small computation as a ValueError."""
+    one, other = program(2, "together('x')", "if not first: time.sleep(1)",
+                         "if not first: os.kill(os.getpid(), signal.SIGKILL)", "together('y')")
+    assert (one.code, other.code) == (1, -signal.SIGKILL), one.err
+    assert told(one) == [f"error: process 1 died: nothing was heard of it for {HEARTBEAT} s; "
+                         "start all processes again"]
+
+
 def test_a_second_process_of_a_number_ends_all(program):
     """JAX lets it in as that one started again, and would not miss the first any more."""
     *both, second = program(
