@@ -48,6 +48,7 @@ def measure(mesh: Any) -> None:
     if JSON.value and Path(JSON.value).is_dir():
         raise UserError(f"--json={JSON.value}: a folder, not a file")
     trained = load_trained(MODEL.value, mesh, STEP.value)
+    task, run = classifier(trained, mesh)
     if DATA.value:
         columns = (door.column(TEXT.value, trained, "text"),
                    door.column(LABEL.value, trained, "label"))
@@ -66,7 +67,6 @@ def measure(mesh: Any) -> None:
         examples = trained.splits()[SPLIT.value or "test"]
     else:
         raise UserError(f"{MODEL.value} does not say what data it was trained on: give --data")
-    task, run = classifier(trained, mesh)
     processes.check_same("data", {
         "data sha256": task._replace(examples={"": examples}).fingerprint()})
     name = DATA.value or SPLIT.value or "test"

@@ -196,10 +196,12 @@ def _encoding(raw: bytes) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     try:
-        raw.decode("gb18030")
+        wide = "".join(c for c in raw.decode("gb18030") if not c.isascii())
     except UnicodeDecodeError:
         return ""
-    return "GB18030"  # GBK, as Excel writes "CSV" in China, is a part of it
+    # GBK, as Excel writes "CSV" in China, is a part of it. Big5 and Latin-1 may decode as it too,
+    # but to characters of which few are common: those of GB2312, two bytes each.
+    return "GB18030" if len(wide.encode("gb2312", "ignore")) > 2 * 0.6 * len(wide) else ""
 
 
 def _separated(path: Path, fields: Fields) -> Iterator[Row]:

@@ -122,11 +122,29 @@ def _join(coordinator: str | None, processes: int | None, process: int | None, h
         late.cancel()
         handle(signal.SIGABRT, before)
     _client = _state().client
+    _check_number()
     watch = threading.Thread(target=_watch, args=(_client, heartbeat), daemon=True, name="watch")
     watch.start()
     if not speaks():
         handle(signal.SIGABRT, _on_abort)
     return watch
+
+
+def _check_number() -> None:
+    """Ends all where another process has joined with this one's number.
+
+    JAX takes this one for that one started again, which would not be missed any more.
+    """
+    number = _state().process_id
+    try:
+        _client.key_value_set(f"number {number}", "taken")
+    except Exception as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+        why = f"the number {number} is taken: start all again, each with a --process of its own"
+        with contextlib.suppress(Exception):  # another one has failed before
+            _client.key_value_set("failed", json.dumps([f"{number} (a second one)", why, 1]))
+        _end(why)
 
 
 def _check_port(coordinator: str) -> None:
@@ -202,8 +220,8 @@ def _tell(error: BaseException, heartbeat: int) -> None:
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-    if any(type(cause).__name__ == "JaxRuntimeError" and "out of memory" not in str(cause).lower()
-           for cause in causes):
+    if any((type(cause).__name__ == "JaxRuntimeError" or "Gloo" in str(cause))  # or a ValueError
+           and "out of memory" not in str(cause).lower() for cause in causes):
         # Most likely another one's death broke what all compute together: `_watch` will know.
         time.sleep(heartbeat + 5 * WATCH_SECONDS)
     why = str(error) or "stopped"

@@ -72,7 +72,7 @@ def kept(jaxpr: Any, made: Pieces, model: Any, tokens: int) -> float:
     mesh, size = made.mesh, 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"] and (
-                equation.params["num_carry"]):  # the optimizer's maps over layers carry nothing
+                equation.params["num_carry"]):  # maps, as the ring's, keep nothing
             for out in equation.outvars[equation.params["num_carry"]:]:
                 shape, ways = out.aval.shape[1:], 1
                 if out.aval.size >= tokens:

@@ -293,10 +293,13 @@ def make_task(config: Any, tokenizer: Tokenizer | None, mesh: Mesh | None = None
         ends = ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
         return Instruction.load(config.task, tokenizer, shape, chats(tokenizer, ends))
     if config.task.name == "pretrain":
+        architecture, raw = raw_config(config)
+        if architecture.config.streams > 1:  # a blank's second position: its data has none
+            raise UserError("task.name='pretrain': its texts have one position a token, and "
+                            f"{architecture.name} takes two")
         shape = Shape(batch.rows, batch.length, batch.length, own=own)
         if config.task.summaries:
-            shape = shape._replace(examples=batch.examples,
-                                   features=raw_config(config)[1]["hidden_size"])
+            shape = shape._replace(examples=batch.examples, features=raw["hidden_size"])
         return Pretrain(config.task, tokenizer, shape, config.seed)  # type: ignore[arg-type]
     raise UserError(f"task.name={config.task.name!r}: choose 'classification', 'instruction' or "
                     "'pretrain'")

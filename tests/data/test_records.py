@@ -104,6 +104,8 @@ BAD = [
     ("gbk.jsonl", '{"text": "好"}'.encode("gbk"),
      "gbk.jsonl:1: not UTF-8: byte 11 of the line is 0xba. Save the file as UTF-8; it reads as "
      "GB18030: iconv -f GB18030 -t UTF-8 OLD > NEW."),
+    *((f"{kind}.csv", f"text,label\n{text},1\n".encode(kind), ". Save the file as UTF-8.")
+      for kind, text in (("big5", "房間很乾淨，早餐也不錯"), ("latin-1", "très agréable"))),
     ("wide.csv", "text,label\n好,1\n".encode("utf-16"), "it reads as UTF-16: iconv -f UTF-16 "),
     ("nul.csv", "text,label\n好,1\n差\0,0\n", "nul.csv:3: there is a NUL byte"),
     ("broken.jsonl", '{"text": "好", "label": 1}\n\n{"text": "差" "label": 0}\n',

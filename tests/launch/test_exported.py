@@ -192,7 +192,8 @@ def test_a_language_model_converts_and_is_no_classifier(door, refused, base, rev
     assert done.code == 0, done.err
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [5]
-    assert "does not classify texts" in refused("predict", f"--model={base}", "好")
+    for door_name, asked in (("predict", "好"), ("evaluate", f"--data={reviews}")):
+        assert "does not classify texts" in refused(door_name, f"--model={base}", asked)
 
 
 def test_conv_rnn_has_no_export(door, refused, run, tmp_path):

@@ -47,11 +47,11 @@ door.run(main)
 @pytest.fixture
 def program(pod, tmp_path):
     """`program(2, "together('x')", …)`: how that many processes end that run these lines."""
-    def run(processes, *lines, before=""):
+    def run(processes, *lines, before="", own=None):
         path = tmp_path / "program.py"
         path.write_text(PROGRAM.format(before=before,
                                        lines="\n".join("        " + line for line in lines)))
-        return pod(processes, path.with_suffix(""), f"--heartbeat={HEARTBEAT}")
+        return pod(processes, path.with_suffix(""), f"--heartbeat={HEARTBEAT}", own=own)
     return run
 
 
@@ -260,6 +260,29 @@ def test_a_mistake_in_one_process_ends_those_that_wait_for_it(program):
     assert (one.code, other.code) == (1, 1)
     assert told(one) == ["error: process 1 failed: ZeroDivisionError: of ours"]
     assert told(other)[0].startswith("Traceback") and told(other)[-1].endswith("of ours")
+
+
+def test_a_dead_process_is_told_in_place_of_what_its_death_broke(program):
+    """JAX raises that from a small computation as a ValueError."""
+    one, other = program(2, "together('x')", "if not first: time.sleep(1)",
+                         "if not first: os.kill(os.getpid(), signal.SIGKILL)", "together('y')")
+    assert (one.code, other.code) == (1, -signal.SIGKILL), one.err
+    assert told(one) == [f"error: process 1 died: nothing was heard of it for {HEARTBEAT} s; "
+                         "start all processes again"]
+
+
+def test_a_second_process_of_a_number_ends_all(program):
+    """JAX lets it in as that one started again, and would not miss the first any more."""
+    *both, second = program(
+        3, "(folder / 'joined').touch()", "together('x')", "time.sleep(60)",
+        before="while '--process=2' in sys.argv and not Path(sys.argv[0]).with_name('joined')"
+               ".exists(): time.sleep(0.1)",
+        own=[["--processes=2"], ["--processes=2"], ["--processes=2", "--process=1"]])
+    why = "the number 1 is taken: start all again, each with a --process of its own"
+    assert (second.code, told(second)) == (1, [f"error: {why}"])
+    for result in both:
+        assert (result.code, told(result)) == (
+            1, [f"error: process 1 (a second one) failed: {why}"])
 
 
 def test_what_all_find_wrong_at_once_is_told_once_by_each(program):

@@ -146,6 +146,17 @@ def test_texts_longer_than_the_models_positions(smoke, caplog, fields, message):
     assert "positions" not in caplog.text
 
 
+@pytest.mark.parametrize(("fields", "name"), [
+    ({"model_type": "glm", "num_layers": 1}, "glm2021"),
+    ({"model_type": "chatglm", "position_encoding_2d": True}, "chatglm6b")])
+def test_pretraining_is_for_one_position_a_token(smoke, fields, name):
+    """With one stream for both a model would learn, and compute something else in PyTorch."""
+    config = smoke("full", **{"model.init": "random", "task.name": "pretrain"})
+    config.model.config = ConfigDict(fields)
+    with pytest.raises(UserError, match=f"and {name} takes two"):
+        setup.make_task(config, None)
+
+
 def test_conv_rnn_takes_one_example_a_row(smoke):
     with pytest.raises(UserError, match="one example a row"):
         setup.build(smoke("conv-rnn", **{"batch.examples": 2}))
