@@ -183,6 +183,7 @@ def _watch(client: Any, heartbeat: int) -> None:
         if dead and _client is client:
             _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; {_again}")
     if _client is client:
+        time.sleep(LEAVE_SECONDS)  # JAX most likely aborts: `_on_abort` ends behind its last word
         _end(f"{UNREACHED}; {_again}")
 
 

@@ -45,7 +45,8 @@ INSTALL = ("tar -xzf glm-jax.tar.gz && curl -LsSf https://astral.sh/uv/install.s
            "cd glm-jax && ~/.local/bin/uv venv --allow-existing --python=3.11 && "
            "~/.local/bin/uv pip install -r requirements.lock -r requirements-tpu.txt")
 # A new machine may still be installing by itself; a new Filestore share is writable by root only.
-MOUNT = ("sudo apt-get -o DPkg::Lock::Timeout=300 install -y nfs-common && sudo mkdir -p /share && "
+NFS = "sudo apt-get -o DPkg::Lock::Timeout=300 install -y nfs-common"
+MOUNT = (f"({NFS} || (sudo apt-get update && {NFS})) && sudo mkdir -p /share && "  # stale lists
          "(mountpoint -q /share || sudo mount -t nfs {} /share) && "
          "(test -w /share || sudo chmod a+rwx /share)")
 

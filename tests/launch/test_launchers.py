@@ -107,18 +107,21 @@ def test_what_a_pods_shells_do_with_it(shown, tmp_path):
                        capture_output=True)
 
 
-@pytest.mark.parametrize(("there", "writable"), [(False, False), (False, True), (True, True)])
-def test_a_share_is_mounted_once_and_made_writable(shown, tmp_path, there, writable):
+@pytest.mark.parametrize(("there", "writable", "stale"), [
+    (False, False, False), (False, True, True), (True, True, False)])
+def test_a_share_is_mounted_once_and_made_writable(shown, tmp_path, there, writable, stale):
     mount = command(shown(*POD, "--share=10.0.0.2:/runs", "install")[-1])
     share = tmp_path / "share"
-    stand_in(tmp_path / "bin/sudo", f'echo "$1 ${{@: -1}}" >> {tmp_path}/calls')
+    fails = f"&& [ $(grep -c nfs {tmp_path}/calls) != {int(stale)} -o ${{@: -1}} != nfs-common ]"
+    stand_in(tmp_path / "bin/sudo", f'echo "$1 ${{@: -1}}" >> {tmp_path}/calls {fails}')
     stand_in(tmp_path / "bin/mountpoint", f'[ "$2" = {share} ] && exit {int(not there)}')
     if writable:
         share.mkdir()
     subprocess.run(["bash", "-ec", mount.replace("/share", str(share))], check=True, timeout=20,
                    env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
     assert (tmp_path / "calls").read_text().splitlines() == [
-        "apt-get nfs-common", f"mkdir {share}", *[f"mount {share}"] * (not there),
+        *["apt-get nfs-common", "apt-get update"] * stale, "apt-get nfs-common",
+        f"mkdir {share}", *[f"mount {share}"] * (not there),
         *[f"chmod {share}"] * (not writable)]
 
 
