@@ -69,15 +69,19 @@ def read_items(path: str) -> list[tuple[dict[str, Any], str]]:
 def load(mesh: Any) -> Any:
     """The model with its tokenizer and settings."""
     from glm_jax.adapters.peft import load_adapter
+    from glm_jax.data.tokenizer import load_tokenizer, vocabulary_file
     from glm_jax.infer.generate import Room
     from glm_jax.infer.text import Speaker, settings
     from glm_jax.train.load import load_trained
 
-    how = settings(MODEL.value, {name: flag.value for name, flag in HOW.items()})
     trained = load_trained(MODEL.value, mesh, dtype=DTYPE.value)
+    tokenizer, files = trained.tokenizer, MODEL.value
     if ADAPTER.value:
         load_adapter(trained.model, ADAPTER.value)
-    return Speaker(trained.model, trained.tokenizer, how, SEED.value,
+        if vocabulary_file(ADAPTER.value):  # it has the template that was taught, and its end
+            tokenizer, files = load_tokenizer(ADAPTER.value), ADAPTER.value
+    how = settings(files, {name: flag.value for name, flag in HOW.items()})
+    return Speaker(trained.model, tokenizer, how, SEED.value,
                    Room(CACHE_DTYPE.value, CACHE_LENGTH.value))
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.sandbox
+from absl import logging
 
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
@@ -49,6 +50,7 @@ TEMPLATES = {  # templates/NAME.jinja
 _DEFAULTS = {"chatglm1": "chatglm1", "chatglm2": "chatglm2", "chatglm3": "chatglm3",
              "glm4": "glm4_9b_chat"}  # by Tokenizer.version
 _THOUGHT = ("<think>", "</think>")  # an assistant's text may hold them: templates look for them
+_SPECIAL = r"\[gMASK\]|<sop>|(?<=\])sop|<\|\w+\|>"
 _ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 
@@ -151,6 +153,49 @@ def chats(tokenizer: Tokenizer, ends: Sequence[int]) -> bool:
             or tokenizer.special.get("<|user|>") in ends)
 
 
+def speaking(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer with the template that a run names in its files: what it learns to answer in.
+
+    The same for `plain`, or none, or where the files have the `chat` template that is asked for. A
+    warning tells of special tokens of the template that the vocabulary does not have.
+
+    Raises:
+      UserError: for a template that is unknown.
+    """
+    if template in ("", "plain"):
+        return tokenizer
+    found = template_of(tokenizer, False) if template == "chat" else template
+    source = _rules(found)[1]
+    if missing := sorted(set(re.findall(_SPECIAL, source)) - set(tokenizer.special)):
+        logging.warning("task.template=%s: the vocabulary has no %s, which the template writes: "
+                        "they are spelled as plain text", template, ", ".join(missing))
+    if found == template_of(tokenizer, False) and found not in TEMPLATES:
+        return tokenizer
+    config = {name: value for name, value in tokenizer.config.items() if name != "chat_template"}
+    files = {"chat_template.jinja": source.encode()}
+    if config != tokenizer.config:  # one place for it: the file goes first, and has no others
+        files["tokenizer_config.json"] = (
+            json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
+    return Tokenizer(tokenizer.files | files, tokenizer.where)
+
+
+def taught_ends(tokenizer: Tokenizer, template: str, ends: Sequence[int]) -> list[int]:
+    """Where answers end of a model that a run teaches to give them in its template.
+
+    So that `chats` says of it what it has learned; but a ChatGLM always chats.
+
+    Args:
+      ends: the ids at which they ended before.
+    """
+    if not template:
+        return list(ends)
+    plain = template == "plain"
+    roles = {tokenizer.special.get(name) for name in _ROLE_TOKENS} if plain else set()
+    kept = [number for number in ends if number not in roles] or [tokenizer.eos_id]
+    end = _plain_end(tokenizer) if plain else _end_id(tokenizer)
+    return kept if end in kept else [*kept, end]
+
+
 def completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text to go on with, in the frame of its version.
 
@@ -226,9 +271,12 @@ def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     _check(messages, None, TEMPLATES["chatglm1"], prompt=False)
     prompt = completion(tokenizer, messages[0]["content"])
     answer = tokenizer.encode(messages[1]["content"], add_special_tokens=False)
-    end = tokenizer.special.get("<|endofpiece|>", tokenizer.eos_id)
-    ids = [*prompt, *answer, end]
+    ids = [*prompt, *answer, _plain_end(tokenizer)]
     return ids, [n >= len(prompt) for n in range(len(ids))]
+
+
+def _plain_end(tokenizer: Tokenizer) -> int:
+    return tokenizer.special.get("<|endofpiece|>", tokenizer.eos_id)
 
 
 def _end_id(tokenizer: Tokenizer) -> int:
@@ -260,6 +308,9 @@ def _rules(template: str) -> tuple[Rules, str]:
         return TEMPLATES[template], path.read_text(encoding="utf-8")
     if "{" not in template:
         raise UserError(f"chat template {template!r}: there are {', '.join(TEMPLATES)}")
+    for name in TEMPLATES:  # one of ours, from the files of what a run has taught
+        if _rules(name)[1] == template:
+            return _rules(name)
     fields = tuple(field for field in FIELDS if field in template)
     return Rules(ROLES, fields, tools="tools" in template), template
 

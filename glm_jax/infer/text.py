@@ -1,11 +1,13 @@
 """Texts and conversations in, text out: settings, stop tokens, and streams of whole characters."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from glm_jax.convert.released import read_json
 from glm_jax.data.chat import chats, completion, encode_chat
@@ -131,6 +133,7 @@ class Speaker:
     def answers(self, rows: Sequence[Sequence[int]]) -> list[tuple[list[int], float | None]]:
         """The ids of the answers to rows of ids, and with beams their scores."""
         out, scores = run(self.model, how=self.how, **self._arguments(rows))
+        self._mind(max(len(row) + length for row, length in zip(rows, out.lengths, strict=True)))
         found = [None] * len(rows) if scores is None else scores.tolist()
         return [(row[:length].tolist(), score)
                 for row, length, score in zip(out.tokens, out.lengths, found, strict=True)]
@@ -141,9 +144,19 @@ class Speaker:
         if isinstance(how, Beams):
             yield self.tokenizer.decode(self.answers([row])[0][0])
             return
-        yield from whole_characters(self.tokenizer, (
-            out.tokens[0, :out.lengths[0]].tolist() for out in stream(
-                self.model, how=how, **self._arguments([row]))))
+        def growing() -> Iterator[list[int]]:
+            for out in stream(self.model, how=how, **self._arguments([row])):
+                yield out.tokens[0, :out.lengths[0]].tolist()
+            self._mind(len(row) + int(out.lengths[0]))
+        yield from whole_characters(self.tokenizer, growing())
+
+    def _mind(self, tokens: int) -> None:
+        """Tells, once, of texts that are longer than what the model was made for."""
+        most = getattr(self.model.config, "max_position_embeddings", math.inf)
+        if tokens > most:
+            logging.log_first_n(logging.WARNING, "prompt and answer have %d tokens together: the "
+                                "model was made for %d, and what comes after them may be nonsense",
+                                1, tokens, most)
 
 
 def whole_characters(tokenizer: Tokenizer, growing: Iterator[Sequence[int]]) -> Iterator[str]:

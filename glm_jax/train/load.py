@@ -19,6 +19,7 @@ from glm_jax.data.records import Example, load_records
 from glm_jax.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_file
 from glm_jax.errors import FETCH, UserError
 from glm_jax.files import sampled_sha256, sha256_of_all
+from glm_jax.infer.text import settings
 from glm_jax.parallel.mesh import Rules, make_mesh
 from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
@@ -227,5 +228,7 @@ def _adapter(folder: Path, mesh: Mesh, dtype: str) -> Trained:
     names: dict[str, Any] = {"id2label": about.id2label} if about.id2label else {}
     model = load_model(base, head=about.head, dtype=jnp.dtype(dtype), mesh=mesh, **names)
     lora_config = load_adapter(model, folder)
+    if ends := settings(folder, {}).get("eos_token_id"):  # where it was taught to end an answer
+        model.config = setup.ending_at(model.config, ends)
     tokenizer = load_tokenizer(folder if vocabulary_file(folder) else base)
     return Trained(model, tokenizer, labels_of(model), None, lora_config, about.base)

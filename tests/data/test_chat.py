@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glm_jax
-from glm_jax.data.chat import TEMPLATES, encode_chat, render
+from glm_jax.data.chat import TEMPLATES, chats, encode_chat, render, speaking, taught_ends
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
 from tests.data.versions import files, tokenizer, trained
@@ -199,6 +199,38 @@ def test_errors_name_the_message_and_the_field(template, messages, tools, messag
     with pytest.raises(UserError) as error:
         render(messages, tools, template=template)
     assert message in str(error.value)
+
+
+def test_what_a_run_teaches_is_in_the_tokenizers_files(caplog):
+    ours = tokenizer("glm4")
+    for template in ("glm4_0414", "chat"):
+        told = speaking(ours, template)
+        assert encode_chat(told, ASKED) == encode_chat(
+            ours, ASKED, template=None if template == "chat" else template)
+    assert not caplog.text
+    with pytest.raises(UserError, match="'tool' is not one of"):  # as by the name of the template
+        encode_chat(told, [*ASKED, {"role": "tool", "content": "a"}])
+    own = Tokenizer(files("glm4", chat_template="{{ messages[0].content }}"))
+    assert speaking(own, "chat") is own and speaking(ours, "plain") is speaking(ours, "") is ours
+    again = speaking(own, "chatglm3")
+    assert "chat_template" not in json.loads(again.files["tokenizer_config.json"])
+    assert encode_chat(again, ASKED) == encode_chat(ours, ASKED, template="chatglm3")
+    assert "task.template=chatglm3: the vocabulary has no sop, which" in caplog.text
+    caplog.clear()
+    speaking(tokenizer("chatglm3"), "chatglm3")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("template", "before", "after"), [
+    ("", ["<eop>"], ["<eop>"]), ("chat", ["<eop>"], ["<eop>", "<|user|>"]),
+    ("chat", ["<|user|>"], ["<|user|>"]),
+    ("plain", ["<|user|>", "<|observation|>"], ["<|endoftext|>"])])
+def test_where_a_taught_model_ends(template, before, after):
+    ours = tokenizer("glm4")
+    named = {"<eop>": 3, "<|endoftext|>": ours.eos_id, **ours.special}
+    found = taught_ends(ours, template, [named[name] for name in before])
+    assert found == [named[name] for name in after]
+    assert chats(ours, found) == ("<|user|>" in after)
 
 
 def test_what_is_no_json_is_refused():

@@ -6,8 +6,18 @@ import pty
 import subprocess
 import sys
 
+import jax
+from flax import nnx
+
 import glm_jax
+from glm_jax.adapters import lora
+from glm_jax.adapters.peft import save_adapter
+from glm_jax.data.chat import encode_chat, speaking, taught_ends
 from glm_jax.errors import UserError
+from glm_jax.infer.generate import generate
+from glm_jax.infer.sampling import Sampling
+from glm_jax.train.export import model_files
+from glm_jax.train.setup import ending_at
 from tests.launch.conftest import ROOT
 
 FEW = "--max_new_tokens=5"
@@ -35,6 +45,37 @@ def test_prompts_from_arguments_files_and_standard_input(door, base, tmp_path):
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert all(row.items() >= one.items() for row, one in zip(rows, asked, strict=True))
     assert all(row["score"] < 0 for row in rows)
+
+
+def test_an_adapter_answers_in_its_own_template(door, base, tmp_path):
+    model, tokenizer = glm_jax.from_pretrained(base), glm_jax.load_tokenizer(base)
+    nnx.update(model, jax.tree.map(lambda x: 5 * x, nnx.state(model)))  # that a prompt may count
+    base = tmp_path / "base"
+    glm_jax.save_pretrained(model, base, tokenizer)
+    lora.attach(model, config := lora.LoRAConfig(r=2), seed=0)
+    model.config = ending_at(model.config, taught_ends(tokenizer, "glm4_0414", [5]))
+    save_adapter(model, tmp_path / "taught", config, base=str(base),
+                 files=model_files(model, speaking(tokenizer, "glm4_0414"), 32))
+
+    def said(*arguments):
+        done = door("generate", FEW, "--temperature=3", "房间", "--jsonl", *arguments)
+        assert done.code == 0, done.err
+        return json.loads(done.out)["text"]
+    taught = said(f"--model={base}", f"--adapter={tmp_path / 'taught'}")
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "房间"}], template="glm4_0414",
+                      add_generation_prompt=True)[0]
+    (wanted,) = generate(glm_jax.from_pretrained(base), [ids], max_new_tokens=5,
+                         how=Sampling(temperature=3.0)).tokens
+    assert taught == said(f"--model={tmp_path / 'taught'}") == tokenizer.decode(wanted)
+    assert taught != said(f"--model={base}")
+
+
+def test_more_than_the_models_positions_is_told(door, base):
+    for how in ((), ("早餐",), ("--num_beams=2",)):
+        done = door("generate", f"--model={base}", "--max_new_tokens=200", "房间", *how)
+        assert "tokens together: the model was made for 128, and" in done.err, done
+        assert len(done.err.splitlines()) == 1
+    assert door("generate", f"--model={base}", FEW, "房间").err == ""
 
 
 def test_a_seed_repeats(door, base):

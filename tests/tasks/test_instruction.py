@@ -9,13 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
 
 from glm_jax.data.chat import completion, encode_answers, encode_chat
 from glm_jax.data.conversations import Conversation
 from glm_jax.data.packing import Shape, assemble, shape_for
+from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
+from glm_jax.infer.text import Speaker, settings
 from glm_jax.models import architecture_of
+from glm_jax.parallel.mesh import make_mesh
 from glm_jax.tasks.instruction import Instruction, whole_answers
+from glm_jax.train.export import model_files
 from glm_jax.train.load import load_trained
 from glm_jax.train.loop import train
 from tests.data.versions import tokenizer
@@ -143,7 +148,8 @@ def test_long_rows_are_cut_behind_a_whole_answer_and_counted(caplog):
         make().encode([one])
 
 
-def test_the_config_runs_learns_and_its_adapter_loads(base, tmp_path):
+def test_the_config_runs_learns_and_answers_in_the_template_that_was_taught(base, tmp_path):
+    """From the run's folder, its adapter, and what PyTorch gets."""
     from configs.chat import get_config
     draw = np.random.default_rng(0)
     lines = [json.dumps({"prompt": "".join(draw.choice(list("房间干净早餐差床单脏"), 9)),
@@ -152,14 +158,28 @@ def test_the_config_runs_learns_and_its_adapter_loads(base, tmp_path):
     config = get_config("smoke")
     config.update_from_flattened_dict({
         "task.train": str(tmp_path / "a.jsonl"), "model.path": str(base), "mesh.data": 1,
-        "batch.length": 32, "log.tensorboard": False, "optimizer.learning_rate": 0.02})
+        "batch.length": 32, "log.tensorboard": False, "optimizer.learning_rate": 0.02,
+        "task.template": "glm4_0414"})
     finished = train(config, tmp_path / "run")
     losses = [row["train/loss"] for row in rows(tmp_path / "run") if "train/loss" in row]
     # The frozen, tied head of this tiny base leaves an answer's token 2.6 nats or so at best.
     assert finished.result["exported"] == "adapter" and len(losses) == 20
     assert finished.result["dev"]["loss"] < losses[0] - 1.5
-    from glm_jax.parallel.mesh import make_mesh
-    assert load_trained(tmp_path / "run" / "adapter", make_mesh({"data": 1})).model.head == "lm"
+    ours = load_tokenizer(base)
+    for folder in (tmp_path / "run", tmp_path / "run/adapter"):
+        trained = load_trained(folder, make_mesh({"data": 1}))
+        speaker = Speaker(trained.model, trained.tokenizer, settings(folder, {}))
+        assert speaker.chats
+        assert speaker.config_ends == [ours.eos_id, ours.special["<|user|>"]]
+        assert speaker.encode("房间") == encode_chat(ours, [{"role": "user", "content": "房间"}],
+                                                   template="glm4_0414",
+                                                   add_generation_prompt=True)[0]
+        files = model_files(trained.model, trained.tokenizer, 32)  # as launch/convert.py has them
+        assert json.loads(files["generation_config.json"])["eos_token_id"] == speaker.config_ends
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "run/adapter")
+    assert theirs.apply_chat_template([{"role": "user", "content": "房间"}], return_dict=False,
+                                      add_generation_prompt=True) == speaker.encode("房间")
+    assert not Speaker(load_trained(base, make_mesh({"data": 1})).model, ours, {}).chats
 
 
 def test_a_bad_row_of_any_split_is_told_before_training_and_each_is_encoded_once(tmp_path):
