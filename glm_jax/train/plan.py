@@ -121,8 +121,8 @@ def mesh_for(config: Any, topology: Topology) -> Mesh | AbstractMesh:
 def _tpus(topology: Topology) -> Any:
     """The devices of TPUs that are not there."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("a plan for TPUs needs their compiler: pip install libtpu, in the version "
-                        "that requirements-dev.txt names (Linux on x86-64 has it)")
+        raise UserError("a plan for TPUs needs their compiler, libtpu: pip install -r "
+                        "requirements-tpu.txt (Linux on x86-64 has it)")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
     special: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
