@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.sandbox
-from absl import logging
 
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
@@ -156,8 +155,7 @@ def chats(tokenizer: Tokenizer, ends: Sequence[int]) -> bool:
 def speaking(tokenizer: Tokenizer, template: str) -> Tokenizer:
     """The tokenizer with the template that a run names in its files: what it learns to answer in.
 
-    The same for `plain`, or none, or where the files have the `chat` template that is asked for. A
-    warning tells of special tokens of the template that the vocabulary does not have.
+    The same for `plain`, or none, or where the files have the `chat` template that is asked for.
 
     Raises:
       UserError: for a template that is unknown.
@@ -166,9 +164,6 @@ def speaking(tokenizer: Tokenizer, template: str) -> Tokenizer:
         return tokenizer
     found = template_of(tokenizer, False) if template == "chat" else template
     source = _rules(found)[1]
-    if missing := sorted(set(re.findall(_SPECIAL, source)) - set(tokenizer.special)):
-        logging.warning("task.template=%s: the vocabulary has no %s, which the template writes: "
-                        "they are spelled as plain text", template, ", ".join(missing))
     if found == template_of(tokenizer, False) and found not in TEMPLATES:
         return tokenizer
     config = {name: value for name, value in tokenizer.config.items() if name != "chat_template"}
@@ -177,6 +172,12 @@ def speaking(tokenizer: Tokenizer, template: str) -> Tokenizer:
         files["tokenizer_config.json"] = (
             json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
     return Tokenizer(tokenizer.files | files, tokenizer.where)
+
+
+def unknown_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The special tokens that the tokenizer's template writes and its vocabulary does not have."""
+    source = _rules(template_of(tokenizer, False))[1]
+    return sorted(set(re.findall(_SPECIAL, source)) - set(tokenizer.special))
 
 
 def taught_ends(tokenizer: Tokenizer, template: str, ends: Sequence[int]) -> list[int]:

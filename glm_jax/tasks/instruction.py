@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.data.chat import encode_answers
+from glm_jax.data.chat import encode_answers, unknown_tokens
 from glm_jax.data.conversations import Conversation, load_conversations
 from glm_jax.data.packing import Piece, Shape, once
 from glm_jax.data.split import split
@@ -81,6 +81,9 @@ class Instruction:
         def load(source: str) -> dict[str, list[Conversation]]:
             return load_conversations(source, config.prompt, config.answer)
         template = config.template or ("chat" if chats else "plain")
+        if config.template not in ("", "plain") and (unknown := unknown_tokens(tokenizer)):
+            logging.warning("task.template=%s: the vocabulary has no %s, which the template "
+                            "writes: it is spelled as plain text", template, ", ".join(unknown))
         task = cls(config, tokenizer, shape._replace(examples=shape.length),
                    split(load, config.train, {"dev": config.dev}),
                    None if template == "chat" else template)

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from glm_jax.data.chat import completion, encode_answers, encode_chat
+from glm_jax.data.chat import completion, encode_answers, encode_chat, speaking
 from glm_jax.data.conversations import Conversation
 from glm_jax.data.packing import Shape, assemble, shape_for
 from glm_jax.data.tokenizer import load_tokenizer
@@ -197,6 +197,15 @@ def test_a_bad_row_of_any_split_is_told_before_training_and_each_is_encoded_once
     task = load("fine")
     assert task.source("dev") is task.source("dev") and len(task.source("train").ids) == 1
     assert task.about() == "train 1, dev 1 conversations"
+
+
+def test_a_template_of_other_tokens_is_told(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT}))
+    config = ConfigDict({"train": str(tmp_path / "a.jsonl"), "dev": str(tmp_path / "a.jsonl"),
+                         "prompt": "", "answer": "", "template": "chatglm3"})
+    for version, told in (("chatglm3", False), ("glm4", True)):
+        Instruction.load(config, speaking(tokenizer(version), "chatglm3"), Shape(1, 64, 1), True)
+        assert ("chatglm3: the vocabulary has no sop, which" in caplog.text) == told
 
 
 def test_training_is_smoothed_and_what_is_reported_is_not():

@@ -253,7 +253,7 @@ def test_a_single_chip():
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(plans.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="libtpu: pip install -r requirements-tpu.txt"):
+    with pytest.raises(UserError, match=r"libtpu: pip install -r requirements-tpu\.txt"):
         make_plan(small(), topology("v5e:2x2"))
 
 
