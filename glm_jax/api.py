@@ -192,7 +192,7 @@ def save_pretrained(model: Any, folder: str | Path, tokenizer: Tokenizer | None 
     An adapter is merged into the weights that are written, not into `model`.
 
     Args:
-      folder: a checkpoint that is there already is replaced.
+      folder: a checkpoint that is there already is replaced, but for its README.md.
       architecture: `glm` writes a ChatGLM2, ChatGLM3 or GLM-4 in Hugging Face's naming,
         `chatglm` the other way; its own by default.
 

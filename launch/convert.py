@@ -32,7 +32,8 @@ TO = flags.DEFINE_enum("to", None, ["hf", "peft", "merged"], "the form to write"
 ARCHITECTURE = flags.DEFINE_enum(
     "architecture", None, ["glm", "chatglm"],
     "write a chatglm (ChatGLM3, GLM-4) as Hugging Face's glm, or back; its own by default")
-OUT = flags.DEFINE_string("out", None, "the folder to write; replaced if it is there")
+OUT = flags.DEFINE_string("out", None, "the folder to write")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace the checkpoint that --out holds")
 STEP = flags.DEFINE_integer("step", None, "a checkpoint of the run; the best one by default")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
                           "of the tensors; as they are by default, what a run trained in float32")
@@ -55,6 +56,9 @@ def main() -> None:
     folder, size = Path(MODEL.value), size_in_bytes(SHARD.value)
     if not OUT.value and not DRY.value:
         raise UserError("--out=FOLDER is wanted: where to write")
+    _refuse_itself(folder)
+    if not DRY.value:
+        _check_out(Path(str(OUT.value)))
     if VERIFY.value and not DRY.value:  # before anything is written
         want_torch(TO.value == "peft")
     plain = (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
@@ -78,7 +82,6 @@ def _from_folder(folder: Path, size: int) -> None:
         files |= load_tokenizer(folder).fast_files()
     if found.head == "lm":
         files.setdefault("generation_config.json", generation_config(found.config))
-    _refuse_itself(folder)
     _write(found, size, files)
     if VERIFY.value and not DRY.value:
         _verify_folder(folder, Path(str(OUT.value)))
@@ -137,7 +140,7 @@ def _from_run(size: int) -> None:
     if (to == "hf") == adapted:
         raise UserError(f"{MODEL.value} has {'an' if adapted else 'no'} adapter: --to={to} is not "
                         f"for it; use --to={'merged or --to=peft' if adapted else 'hf'}")
-    _refuse_itself(MODEL.value, model_folder(trained.base))
+    _refuse_itself(model_folder(trained.base))
     rows = trained.encode_texts(DATA.value, ROWS.value) if VERIFY.value and not DRY.value else []
     ours = last_logits(trained, rows, mesh) if rows else None
     files = model_files(model, trained.tokenizer, trained.shape.length)
@@ -163,11 +166,20 @@ def _from_run(size: int) -> None:
         _judge("PyTorch", ours, theirs, f"{len(rows)} texts", OUT.value)
 
 
-def _refuse_itself(*sources: Any) -> None:
+def _refuse_itself(source: Path) -> None:
     from glm_jax.errors import UserError
     out = Path(OUT.value or "")
-    if OUT.value and out.exists() and any(out.samefile(p) for p in sources):
+    if OUT.value and out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"--out={out}: it is what is converted; name another folder")
+
+
+def _check_out(out: Path) -> None:
+    from glm_jax.convert.written import check_replaceable
+    from glm_jax.errors import UserError
+    check_replaceable(out)
+    if out.is_dir() and any(out.iterdir()) and not OVERWRITE.value:
+        raise UserError(f"--out={out}: it holds a checkpoint already; name another folder, or "
+                        "replace it with --overwrite")
 
 
 def _write(found: "Conversion", size: int, files: dict[str, bytes]) -> None:

@@ -23,6 +23,7 @@ _CHECKPOINT = re.compile(
     r"(\w*config|tokenizer|special_tokens_map|added_tokens|vocab|labels|.*\.index)\.json|README\.md"
     r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*glm\.py"
     r"|quantization\.py")
+CARD = "README.md"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -133,6 +134,8 @@ def _write_shard(path: Path, shard: Sequence[Tensor], wrote: Callable[[Tensor], 
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well.
 
+    A README.md stays where the block writes none: it may be somebody's own work.
+
     Of several processes, which all come here, the first one's does; the others' are let go.
 
     Raises:
@@ -153,6 +156,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         return
     try:
         yield partial
+        if (folder / CARD).is_file() and not (partial / CARD).exists():
+            shutil.copy2(folder / CARD, partial / CARD)
         if folder.exists():  # moved aside first: one of the two is whole at every moment
             old = partial.with_name(partial.name + "-old")
             folder.rename(old)
@@ -171,11 +176,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         multihost_utils.sync_global_devices("whole_folder")
 
 
-def _beside(folder: Path) -> Path:
-    """A new folder beside `folder`, which holds nothing that would be lost."""
+def check_replaceable(folder: Path) -> None:
+    """Raises a UserError where a folder holds what a checkpoint in its place would destroy."""
     if foreign := _foreign(folder):
         raise UserError(f"{folder}: is there already and is more than a checkpoint folder "
                         f"({foreign}); name another, or remove it first")
+
+
+def _beside(folder: Path) -> Path:
+    """A new folder beside `folder`, which holds nothing that would be lost."""
+    check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -245,9 +245,13 @@ def test_a_disk_that_takes_no_more(tiny, tmp_path):
 
 def test_saving_replaces_a_checkpoint_whole(tiny, tmp_path):
     save_model(tiny(), tmp_path / "out", max_shard_bytes=9000)
+    (tmp_path / "out/README.md").write_text("by hand")
     save_model(tiny(), tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json",
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json",
                                                                     "model.safetensors"]
+    assert (tmp_path / "out/README.md").read_text() == "by hand"
+    save_model(tiny(), tmp_path / "out", files={"README.md": b"new"})
+    assert (tmp_path / "out/README.md").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from glm_jax.convert.hf import save_model
 from tests.convert.test_streaming import CHATGLM, FAMILY, HEADS, read
+from tests.folders import content
 from tests.launch.conftest import ROOT
 
 
@@ -112,6 +113,21 @@ def test_what_convert_refuses(refused, chatglm, tmp_path):
                                                                   "--to=merged")
     assert "it is what is converted" in refused("convert", model, f"--out={chatglm}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_replaced_when_that_is_asked_for(door, refused, chatglm, tmp_path):
+    command = ["convert", f"--model={chatglm}", f"--out={tmp_path / 'out'}"]
+    assert door(*command).code == 0
+    (tmp_path / "out/README.md").write_text("by hand")
+    before = content(tmp_path / "out")
+    assert "it holds a checkpoint already; name another folder, or replace it with --overwrite" in \
+        refused(*command, "--dtype=float16")
+    assert content(tmp_path / "out") == before
+    assert door(*command, "--dtype=float16", "--dry-run").code == 0
+    assert door(*command, "--dtype=float16", "--overwrite").code == 0
+    after = content(tmp_path / "out")
+    assert after.keys() == before.keys() and after["README.md"] == b"by hand"
+    assert after["model.safetensors"] != before["model.safetensors"]
 
 
 def test_models_lists_the_registry(door):
