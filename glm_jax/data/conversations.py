@@ -18,6 +18,8 @@ PAIRS = (("instruction", "output"), ("query", "response"), ("prompt", "response"
          ("content", "summary"))
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "function_call": "assistant",
             "observation": "observation"}
+OPENAI = {"user": "human", "assistant": "gpt", "tool": "observation"}  # to those of ShareGPT
+MEDIA = ("images", "videos", "audios")
 BUILT_IN = {"questions": questions.unseen}
 
 
@@ -63,6 +65,8 @@ def conversation(row: Mapping[str, Any], where: str, prompt: str = "", answer: s
                  ) -> Conversation:
     """A record as a conversation. Raises UserError when it is of no known format."""
     row = _present(row)  # columns of a table are None where a row has no such field
+    if seen := next((field for field in MEDIA if row.get(field)), ""):
+        raise UserError(f"{where}: {seen}: the models here read text only; leave out such records")
     tools = _list(row.get("tools") or None, "tools", where)
     if prompt or answer:
         pair = (prompt, answer)
@@ -101,6 +105,10 @@ def _checked(messages: Sequence[Any], tools: Any, where: str, row: Mapping[str, 
              ) -> Conversation:
     """The conversation, what a record says to the system in front. No answer may be empty."""
     found = [dict(_present(_table(message, n, where))) for n, message in enumerate(messages, 1)]
+    for n, message in enumerate(found, 1):
+        if "role" not in message:
+            raise UserError(f"{where}: message {n} has no 'role' (it has "
+                            f"{', '.join(map(repr, message)) or 'no fields'})")
     if row.get("system"):
         found.insert(0, {"role": "system",
                          "content": written(row["system"], "system", "system", where)})
@@ -131,8 +139,9 @@ def _shared(entry: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """A message of ShareGPT; a call becomes what GLM-4 says: the name, then the arguments."""
     role = SHAREGPT.get(str(entry.get("from")))
     if role is None:
+        near = OPENAI.get(str(entry.get("from")))
         raise UserError(f"{where}, from: {entry.get('from')!r} is not one of "
-                        f"{', '.join(SHAREGPT)}")
+                        f"{', '.join(SHAREGPT)}" + (f"; write {near!r}" if near else ""))
     message = {"role": role, "content": entry.get("value")}
     if entry["from"] == "function_call":
         try:

@@ -238,21 +238,42 @@ def _separated(path: Path, fields: Fields) -> Iterator[Row]:
 def _json_lines(path: Path, fields: Fields) -> Iterator[Row]:
     """Rows of a file with one JSON object a line, or (.json) an array of them.
 
-    Empty lines are passed over; of an array "line" is where an object begins.
+    Empty lines are passed over; of an array "line" is where an object begins, and its number is
+    told too where all stand on one line.
     """
     text = _text(path)
     array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
-    for number, row in (_json_array if array else _json_values)(text, path):
+    numbered = array and "\n" not in text.strip()
+    rows = (_json_array if array else _json_values)(text, path)
+    for record, (number, row) in enumerate(rows, 1):
+        where = f"{path}:{number}" + f" (record {record})" * numbered
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a {type(row).__name__}, not a JSON object. "
+            raise UserError(f"{where}: a {type(row).__name__}, not a JSON object. "
                             'Write one {"text": …, "label": …} a line.')
-        yield row, f"{path}:{number}"
+        yield row, where
 
 
 def _json_values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, _parsed(line, path, number)
+            try:
+                row = _parsed(line, path, number)
+            except UserError:
+                _refuse_whole(text, path)
+                raise
+            yield number, row
+
+
+def _refuse_whole(text: str, path: Path) -> None:
+    """Raises UserError where all of a text is one JSON object or array, over several lines."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    what = (f"one object with {', '.join(map(repr, whole)) or 'no fields'}"
+            if isinstance(whole, dict) else "an array")
+    raise UserError(f"{path}: the whole file is {what}; wanted is one object a line, or an array "
+                    "of objects in a .json file")
 
 
 def _json_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:

@@ -111,6 +111,12 @@ BAD = [
     ("broken.jsonl", '{"text": "好", "label": 1}\n\n{"text": "差" "label": 0}\n',
      "broken.jsonl:3: broken JSON at column 14"),
     ("deep.jsonl", "[" * 100_000, "deep.jsonl:1: broken JSON"),
+    ("whole.json", '{\n "data": [{"text": "好", "label": 1}],\n "n": 1\n}\n',
+     "whole.json: the whole file is one object with 'data', 'n'; wanted is one object a line, or "
+     "an array of objects"),
+    ("array.jsonl", '[\n {"text": "好", "label": 1}\n]\n', "the whole file is an array"),
+    ("one_line.json", '[{"text": "好", "label": 1}, {"text": "", "label": 0}]\n',
+     "one_line.json:1 (record 2): the text (field 'text') is empty"),
     ("list.jsonl", '["好", 1]\n', "list.jsonl:1: a list, not a JSON object"),
     ("field.jsonl", '{"text": "好", "label": 1}\n{"text": "差", "lable": 0}\n',
      "field.jsonl:2: no field 'label' for the label; there are 'text', 'lable'. "
