@@ -120,8 +120,9 @@ def joined(again: str = processes.AGAIN) -> Iterator[None]:
         yield
         return
     if not FLAGS.cluster and missing:
-        raise UserError(f"--{missing[0]} is wanted beside the other two of --coordinator, "
-                        "--processes and --process")
+        which = " and ".join(f"--{name}" for name in missing)
+        raise UserError(f"{which} {'are' if len(missing) > 1 else 'is'} missing: --coordinator, "
+                        "--processes and --process go together")
     if not FLAGS.cluster and given["process"] >= given["processes"]:
         raise UserError(f"--process={given['process']}: the last of --processes="
                         f"{given['processes']} has the number {given['processes'] - 1}")
@@ -290,8 +291,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
         for argument in argv[1:]:
             found = re.match(r"--?config\.([\w.]+)", argument)
             if found and found[1] not in known:
-                near = difflib.get_close_matches(found[1], known, 1, 0.3)
-                hint = f"; did you mean --config.{near[0]}?" if near else ""
+                near = _nearest(found[1], known)
+                hint = f"; did you mean --config.{near}?" if near else ""
                 return f"--config.{found[1]}: the config has no such field{hint}"
     if isinstance(error, KeyError):
         text = str(error.args[0])
@@ -302,6 +303,17 @@ def _explain(error: Exception, argv: list[str]) -> str:
         whole = "whole " if "int()" in text else ""
         return f"{no_number[1]}: a {whole}number is wanted"
     return text.strip().rsplit("\n", 1)[-1] or type(error).__name__
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """The field whose last word is that of `name`, its initials, or spelt nearly so; or ""."""
+    own, last = name.rpartition(".")[2], {field: field.rpartition(".")[2] for field in known}
+    short = {field: "".join(re.findall(r"(?:^|_)(.)", word)) for field, word in last.items()
+             if "_" in word}
+    found = ([field for field in known if own in (last[field], short.get(field))] or
+             [field for field in known
+              if last[field] in difflib.get_close_matches(own, last.values(), 1, 0.75)])
+    return next(iter(difflib.get_close_matches(name, found, 1, 0)), "")
 
 
 def _config_argument(argv: list[str]) -> str:

@@ -124,8 +124,9 @@ class TokenCorpus:
             self.sources: np.ndarray = np.load(f"{base}.sources.npy")  # [docs] uint8
             self._tokens: np.ndarray = np.memmap(f"{base}.bin", np.uint16, "r")
         except (OSError, ValueError) as error:
+            why = "" if isinstance(error, FileNotFoundError) else f" ({error})"
             raise UserError(
-                f"{base}: no corpus there ({error}). "
+                f"{base}: no corpus there{why}. "
                 f"Build it: python launch/corpus.py --out={folder}"
             ) from None
         if len(self._tokens) != self.offsets[-1] or len(self.sources) != len(self):
@@ -165,7 +166,8 @@ class TokenCorpus:
         try:
             vectors, of = np.load(f"{base}.vectors.npy"), np.load(f"{base}.vector_of.npy")
         except (OSError, ValueError) as error:
-            raise UserError(f"{base}: no sentence vectors there ({error}). Write them: "
+            why = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+            raise UserError(f"{base}: no sentence vectors there{why}. Write them: "
                             f"python launch/embed.py --corpus={Path(base).parent}") from None
         if len(of) != len(self) or of.max(initial=-1) >= len(vectors):
             raise UserError(f"{base}: its vectors are of another corpus; run launch/embed.py again")

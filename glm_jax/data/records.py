@@ -85,14 +85,16 @@ def load_rows(source: str) -> dict[str, list[Row]]:
 
 def _file_rows(path: Path, fields: Fields) -> list[Row]:
     """The rows of one file; see `read_file`. Only `fields`, where the format has columns."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file. Name a file.")
     if path.suffix.lower() not in READERS:
-        raise UserError(f"{path}: the suffix {path.suffix!r} is not known; "
-                        f"use one of {', '.join(READERS)}")
+        excel = path.suffix.lower() in (".xlsx", ".xls")
+        raise UserError(f"{path}: the suffix {path.suffix!r} is not known; " + (
+            'save it as "CSV UTF-8"' if excel else f"use one of {', '.join(READERS)}"))
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
         hint = f" Did you mean {path.with_name(near[0])}?" if near else " Check the path."
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}.{hint}")
+        raise UserError(f"{path}: no such file.{hint}")
     try:
         return list(READERS[path.suffix.lower()](path, fields))
     except OSError as error:
@@ -147,7 +149,7 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str, note: str = 
             raise UserError(
                 f"{where}: no field {field!r} for the {kind}; there are "
                 f"{', '.join(map(repr, names)) or 'none'}.{hint} "
-                f"Name it with --{kind}=NAME (in training --config.task.{kind}=NAME).{note}"
+                f"Name it: --config.task.{kind}=NAME in training, --{kind}=NAME elsewhere.{note}"
             )
 
 
@@ -220,6 +222,7 @@ def _separated(path: Path, fields: Fields) -> Iterator[Row]:
                 header = [cell.strip() for cell in cells]
                 if len(set(header)) != len(header):
                     raise UserError(f"{where}: the header names a column twice: {header}")
+                _check_separator(header, fields, delimiter, where)
                 _check_fields(header, fields, where, " The first line must name the columns, with "
                               f"{delimiter!r} between them.")
                 continue
@@ -233,6 +236,14 @@ def _separated(path: Path, fields: Fields) -> Iterator[Row]:
     except csv.Error as error:
         raise UserError(f"{path}:{begins}: a broken row: {error}. "
                         "Check the quotation marks from this line on.") from None
+
+
+def _check_separator(header: list[str], fields: Fields, delimiter: str, where: str) -> None:
+    """Raises UserError for a single name that another separator would divide."""
+    other = next((mark for mark in "\t;,|" if mark in header[0]), "")
+    if len(header) == 1 and other and header[0] not in fields.values():
+        raise UserError(f"{where}: the columns stand apart by {other!r}, not by {delimiter!r}: "
+                        f"the first line is {header[0]!r}. Save the file with {delimiter!r}.")
 
 
 def _json_lines(path: Path, fields: Fields) -> Iterator[Row]:

@@ -339,9 +339,14 @@ def own_rows(rows: int, mesh: Mesh) -> frozenset[int]:
     return frozenset(row for place in places.values() if place for row in range(rows)[place[0]])
 
 
+def data_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The sizes of the axes that the rows of a batch are split over."""
+    return {axis: mesh.shape[axis] for axis in _rule("batch")}
+
+
 def data_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in _rule("batch"))
+    return math.prod(data_sizes(mesh).values())
 
 
 def use_mesh_of(tree: Any) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,7 +68,12 @@ def train(config: Any, workdir: Path) -> Finished:
         if not processes.speaks():
             processes.see(workdir)
             return loop.run()
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=workdir).close()
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: can't be written: {error.strerror}; name a "
+                            "folder that can") from None
         with locked(workdir):
             write_json_atomic(workdir / "config.json", {
                 "config": config.to_dict(), "identity": identity, "labels": list(run.task.labels)})

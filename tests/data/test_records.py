@@ -92,7 +92,7 @@ BAD = [
     ("short.csv", 'text,label\n"好\n的",1\n差\n',
      "short.csv:4: 1 columns, but the header has 2. Fill in what is missing"),
     ("none.csv", "好,1\n差,0\n", "The first line must name the columns, with ',' between them."),
-    ("semi.csv", "text;label\n好;1\n", "The first line must name the columns, with ',' between"),
+    ("one.csv", "texts\n好\n", "The first line must name the columns, with ',' between"),
     ("long.csv", "text,label\n好,的,1\n",
      "long.csv:2: 3 columns, but the header has 2. Quote a text that holds the separator (',')."),
     ("quote.csv", 'text,label\n好,1\n"差,0\n好,1\n', "quote.csv:3: a broken row"),
@@ -122,13 +122,16 @@ BAD = [
      "field.jsonl:2: no field 'label' for the label; there are 'text', 'lable'. "
      "Did you mean 'lable'?"),
     ("blanks.jsonl", '{"texts": "坏", " text": "好", "label": 1}\n',
-     "there are 'texts', ' text', 'label'. ' text' is the same but for its blanks. Name it with"),
+     "there are 'texts', ' text', 'label'. ' text' is the same but for its blanks. Name it: "),
     ("null.jsonl", '{"text": "好", "label": null}\n', "null.jsonl:1: the label"),
     ("nan.jsonl", '{"text": "好", "label": NaN}\n', "nan.jsonl:1: the label"),
     ("kind.jsonl", '{"text": ["好"], "label": 1}\n',
      "kind.jsonl:1: the text (field 'text') is a list"),
     ("half.jsonl", '{"text": "\\ud83d", "label": 1}\n', "half.jsonl:1: the text"),
     ("a.txt", "好", "the suffix '.txt' is not known"),
+    ("a.xlsx", "好", "save it as \"CSV UTF-8\""),
+    ("mark.csv", "text;label\n好;1\n", "mark.csv:1: the columns stand apart by ';', not by ','"),
+    ("mark.tsv", "text,label\n好,1\n", "mark.tsv:1: the columns stand apart by ',', not by '\\t'"),
 ]
 
 

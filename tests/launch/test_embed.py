@@ -53,6 +53,10 @@ def test_short_documents_get_vectors_that_pretraining_learns(door, corpus, teach
 def test_a_corpus_without_short_documents_is_refused(refused, corpus, teacher):
     assert "no document of at most 1 tokens" in refused(
         "embed", f"--corpus={corpus}", f"--teacher={teacher}", "--tokens=1")
-    assert "no corpus there" in refused("embed", f"--corpus={corpus / 'no'}",
-                                        f"--teacher={teacher}")
+    none = corpus / "no"
+    for command in (("embed", f"--corpus={none}", f"--teacher={teacher}"),
+                    ("train", "--config=configs/pretrain.py:smoke", f"--config.task.corpus={none}",
+                     f"--config.model.tokenizer={none}/tokenizer")):
+        assert (f"error: {none}/train: no corpus there. Build it: python launch/corpus.py "
+                f"--out={none}") == refused(*command)
     assert "no such folder" in refused("embed", f"--corpus={corpus}", f"--teacher={corpus / 'no'}")

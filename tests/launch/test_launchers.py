@@ -277,11 +277,11 @@ def test_a_slurm_job_is_queued_again_when_it_has_saved(shown, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     ((*POD, "creat"), "'creat' is no step; the steps are create, install, start"),
     ((*POD,), "'' is no step"),
-    ((*POD, "create"), "--type=: one of v4, v5litepod, v5p, v6e and a size, as in v6e-16"),
+    ((*POD, "create"), "--type is missing: one of v4, v5litepod, v5p, v6e and a size, as in"),
     ((*POD, "--type=v7-8", "create"), "--type=v7-8"),
     ((*POD, "--type=v6e", "create"), "--type=v6e: one of"),
     ((*POD, "--type=v6e-0", "create"), "--type=v6e-0: one of"),
-    ((*POD, "resume", *JOB), "--type=: one of"),
+    ((*POD, "resume", *JOB), "--type is missing: one of"),
     ((*POD, "--share=nfs", "install"), "--share=nfs: server:/path is wanted"),
     ((*POD, "--project=my project", "logs"), "--project=my project: Google Cloud has no such name"),
     (("tpu/pod", "--name=--force", "--zone=us-east5-b", "delete"), "--name=--force: at most 40"),

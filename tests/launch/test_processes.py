@@ -422,8 +422,8 @@ def test_a_port_that_is_taken(refused):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--processes=2", "--process=0"), "--coordinator is wanted beside"),
-    (("--coordinator=host:1", "--processes=2"), "--process is wanted beside"),
+    (("--processes=2", "--process=0"), "--coordinator is missing: --coord"),
+    (("--coordinator=host:1", "--processes=2"), "--process is missing: --coordinator, --proc"),
     (("--coordinator=host:1", "--processes=2", "--process=2"), "has the number 1"),
     (("--coordinator=host", "--processes=2", "--process=1"), "host:port is wanted"),
     (("--cluster", "--processes=2"), "--cluster: the cluster says"),

@@ -29,6 +29,8 @@ SMOKE = SENTIMENT + ":smoke"
      "--config.optimizer.learning_rate?"),
     ((SMOKE, "--config.optimiser.clip_norm=1"), "did you mean --config.optimizer.clip_norm?"),
     ((SMOKE, "--config.sed=1"), "did you mean --config.seed?"),
+    ((SMOKE, "--config.lr=1e-3"), "did you mean --config.optimizer.learning_rate?"),
+    ((SMOKE, "--config.rows=4"), "did you mean --config.batch.rows?"),
     ((SMOKE, "--config.optimizer.learning_rate=fast"), "--config.optimizer.learning_rate=fast"),
     ((SMOKE, "--config.steps=2.5"), "--config.steps=2.5"),
     ((SMOKE, "--config.log.tensorboard=perhaps"), "--config.log.tensorboard=perhaps"),
@@ -39,16 +41,22 @@ def test_a_bad_command_line_gets_one_line(refused, arguments, message):
     assert message in refused("train", *arguments)
 
 
+def test_a_field_like_no_other_gets_no_hint(refused):
+    assert refused("train", SMOKE, "--config.loss=1").endswith("the config has no such field")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--config.model.path=absent/model",), "absent/model: no such folder"),
     (("--config.task.train=absent.csv",), "absent.csv: no such file"),
-    (("--config.task.text=body",), "no field 'body'"),
+    (("--config.task.text=body",), "Name it: --config.task.text=NAME in training"),
+    (("--config.task.train=tests/",), "tests: is a folder, not a file"),
     (("--config.mesh.fsdp=4", "--config.mesh.tensor=2"), "4"),
     (("--config.mesh.data=2", "--config.mesh.fsdp=4"),
      "needs 8 devices, but there are 1; lower the sizes or simulate 8 on a CPU: "
      "--config.mesh.cpu_devices=8"),
     (("--config.mesh.cpu_devices=8", "--config.batch.rows=12"),
-     "batch.rows=12 must be a multiple of batch.accumulate × data × fsdp × expert = 8"),
+     "batch.rows=12 must be a multiple of batch.accumulate=1 × data=8 × fsdp=1 × expert=1 = 8; the "
+     "nearest is batch.rows=16"),
     (("--config.batch.accumulate=3",), "= 3"),
     (("--config.eval.every=0",), "eval.every=0"),
     (("--config.optimizer.schedule=cosin",), "choose one of constant, linear, cosine"),
@@ -81,7 +89,7 @@ def test_bad_input_leaves_no_run_folder(refused, base, reviews, tmp_path, argume
 
 
 def test_a_run_folder_that_the_system_refuses(refused, base, reviews):
-    assert "/proc/x: No such file or directory" in refused(
+    assert "--workdir=/proc/x/y: can't be written: No such file or directory; name" in refused(
         "train", SMOKE, f"--config.model.path={base}", f"--config.task.train={reviews}",
         "--workdir=/proc/x/y")
 
@@ -191,7 +199,7 @@ def test_the_columns_of_a_run_are_those_of_its_doors(door, refused, base, review
     assert done.code == 0, done.err
     done = door("predict", f"--model={folder}", f"--file={data}")
     assert done.code == 0 and len(done.out.splitlines()) == 240, done.err
-    assert "Name it with --label=NAME" in refused(
+    assert "--label=NAME elsewhere" in refused(
         "evaluate", f"--model={folder}", f"--data={data}", "--label=star")
     lines = "\ufeff好\u2028坏\r\n坏\n".encode()
     (tmp_path / "lines.txt").write_bytes(lines)

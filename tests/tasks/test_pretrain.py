@@ -147,7 +147,7 @@ def test_vectors_lie_along_their_principal_axes_and_copies_share_them(taught):
 
 
 def test_vectors_of_another_corpus_are_refused(base, taught):
-    with pytest.raises(UserError, match=r"no sentence vectors there .*launch/embed.py"):
+    with pytest.raises(UserError, match=r"no sentence vectors there\. .*launch/embed.py"):
         (taught / "dev.vectors.npy").unlink()
         make(base, taught, summaries=0.5).fingerprint()
     write_tokens(taught, "train", [Document("房间" * 20, 0)], load_tokenizer(base))
