@@ -54,7 +54,7 @@ def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
     Args:
       dtype: `float32`, `bfloat16` or `float16`; what parameters are kept and computed in.
       mesh: a mesh, or its sizes (`{"fsdp": 4, "tensor": 2}`); one device by default.
-      adapter: a PEFT folder to put on top.
+      adapter: a PEFT folder, or a run's, to put on top.
       overrides: config fields that replace the file's (`rope_theta=5e6`), or `head`.
 
     Raises:

@@ -24,7 +24,7 @@ from launch import door
 
 door.flags_of_mesh()
 MODEL = flags.DEFINE_string("model", None, "a model, a run folder or an adapter", required=True)
-ADAPTER = flags.DEFINE_string("adapter", None, "a PEFT folder to put on top of --model")
+ADAPTER = flags.DEFINE_string("adapter", None, "a PEFT folder, or a run's: on top of --model")
 FILE = flags.DEFINE_string("file", "", "a file of prompts")
 CHAT = flags.DEFINE_bool("chat", None, "put a prompt into the version's chat template; by default "
                          "if the model's files end a text at <|user|>, or it is a ChatGLM")

@@ -102,6 +102,12 @@ def save_adapter(model: Any, folder: str | Path, lora_config: LoRAConfig, *, bas
             (partial / name).write_bytes(content)
 
 
+def adapter_folder(folder: str | Path) -> Path:
+    """A PEFT folder itself; of a run folder the one that it has exported."""
+    folder, exported = Path(folder), Path(folder) / "adapter"
+    return exported if (exported / CONFIG).exists() and not (folder / CONFIG).exists() else folder
+
+
 def load_adapter(model: Any, folder: str | Path) -> LoRAConfig:
     """Attaches the adapter of a PEFT folder, in place, and fills it and the modules it saved.
 
@@ -113,7 +119,7 @@ def load_adapter(model: Any, folder: str | Path) -> LoRAConfig:
         or one of another base: missing, unexpected and mis-shaped tensors by name. The model is
         then as it was.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     about = inspect_adapter(folder)
     if about.head not in (None, model.head):
         raise UserError(f"{folder / CONFIG}: task_type {TASKS[about.head]} needs a model with head "
@@ -153,7 +159,7 @@ def inspect_adapter(folder: str | Path) -> AdapterFolder:
     Raises:
       UserError: for a folder that is missing or damaged, or another kind of adapter.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a PEFT adapter's folder is wanted")
     where, raw = folder / CONFIG, read_json(folder / CONFIG)

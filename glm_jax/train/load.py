@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from glm_jax.adapters.peft import find_base, inspect_adapter, load_adapter
+from glm_jax.adapters.peft import adapter_folder, find_base, inspect_adapter, load_adapter
 from glm_jax.convert.hf import load_model
 from glm_jax.convert.released import read_json
 from glm_jax.data.packing import Shape, shape_for
@@ -87,7 +87,7 @@ def hashes(model: str, adapter: str | None = None) -> dict[str, str]:
 
     With those of the base where the model is an adapter; a run's config.json has hashes of its own.
     """
-    folders = {"model": Path(model)} | ({"adapter": Path(adapter)} if adapter else {})
+    folders = {"model": Path(model)} | ({"adapter": adapter_folder(adapter)} if adapter else {})
     if (folders["model"] / "adapter_config.json").exists():
         folders["base"] = find_base(model)
     kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
