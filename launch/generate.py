@@ -169,7 +169,8 @@ def given() -> list[tuple[dict[str, Any], str]]:
                             "arguments, --file, or standard input")
         return []
     if not items:
-        items = [({"prompt": text}, "") for text in split_texts(door.read_stdin())]
+        items = [({"prompt": text}, "") for text in split_texts(
+            door.read_stdin(), "standard input")]
     if not items:
         raise UserError("no prompt: give one as an argument, --file, or standard input")
     return items

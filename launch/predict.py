@@ -34,12 +34,13 @@ def main() -> None:
 
 def given() -> list[str]:
     """The texts of the arguments, or of standard input."""
-    from glm_jax.data.records import split_texts
+    from glm_jax.data.records import check_texts, split_texts
     from glm_jax.errors import UserError
 
     texts = door.arguments()
+    check_texts(texts, "argument {}")
     if not texts and not FILE.value:
-        texts = split_texts(door.read_stdin())
+        texts = split_texts(door.read_stdin(), "standard input")
     if not texts and not FILE.value:
         raise UserError("no text: give one as an argument, --file, or standard input")
     return texts

@@ -107,12 +107,25 @@ def read_texts(path: str | Path, text_field: str = "text") -> list[str]:
         return [example.text for example in read_file(path, text_field, None)]
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    return split_texts(_text(Path(path)))
+    return split_texts(_text(Path(path)), str(path))
 
 
-def split_texts(text: str) -> list[str]:
-    """A text a line, without empty ones; a byte-order mark is dropped."""
-    return [line.strip() for line in _lines(text.removeprefix("\ufeff")) if line.strip()]
+def split_texts(text: str, where: str) -> list[str]:
+    """A text a line, but for empty lines at the end; a byte-order mark is dropped.
+
+    Raises UserError for an empty line between others: every text is to have an answer.
+    """
+    texts = [line.strip() for line in _lines(text.removeprefix("\ufeff").rstrip())]
+    check_texts(texts, where + ":{}")
+    return texts
+
+
+def check_texts(texts: Iterable[str], where: str) -> None:
+    """Raises UserError for an empty text; `where` is formatted with its number."""
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UserError(f"{where.format(number)}: the text is empty. Fill it in or leave it "
+                            "out.")
 
 
 def _lines(text: str) -> io.StringIO:

@@ -212,6 +212,8 @@ def test_an_unknown_datasets_name_is_one_line():
 
 
 def test_a_text_a_line(tmp_path):
-    text = "\ufeff好\u2028的\x85了\r\n\n 差 \r还行"
-    assert split_texts(text) == ["好\u2028的\x85了", "差", "还行"]
-    assert read_texts(write(tmp_path, "a.txt", text.encode())) == split_texts(text)
+    text = "\ufeff好\u2028的\x85了\r\n 差 \r还行\n\n"
+    assert split_texts(text, "x") == ["好\u2028的\x85了", "差", "还行"]
+    assert read_texts(write(tmp_path, "a.txt", text.encode())) == split_texts(text, "x")
+    with pytest.raises(UserError, match=r"a\.txt:2: the text is empty"):
+        read_texts(write(tmp_path, "a.txt", "好\n \n差\n".encode()))

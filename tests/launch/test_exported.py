@@ -114,6 +114,9 @@ def test_predict_from_arguments_a_file_and_standard_input(door, refused, run, re
     lines = door("predict", f"--model={folder}", "好\n坏\r", "差").out.splitlines()
     assert [line.split("\t")[2] for line in lines] == [r"好\n坏\r", "差"]
 
+    for given, how in (("argument 2: ", {}), ("standard input:2: ", {"stdin": b"a\n \nb\n"})):
+        assert f"{given}the text is empty. Fill it in" in refused(
+            "predict", f"--model={folder}", *(() if how else ("好", " ")), **how)
     assert "no text" in refused("predict", f"--model={folder}")
     assert "not UTF-8 at byte 3" in refused("predict", f"--model={folder}", stdin=b"abc\xff")
     assert "absent.txt: no such file" in refused("predict", f"--model={folder}",
@@ -130,7 +133,8 @@ def test_weights_that_are_not_finite_are_refused(door, run, reviews, tmp_path):
     for what in (["predict", "好"], ["evaluate", f"--data={reviews}"]):
         done = door(what[0], f"--model={folder}", what[1])
         warned, refused = done.err.splitlines()
-        assert "holds NaN or infinite values" in warned and done.code == 2 and not done.out
+        assert warned.startswith("warning: ") and "holds NaN or infinite values" in warned
+        assert done.code == 2 and not done.out
         assert refused.startswith("error: ") and "not finite" in refused
 
 
