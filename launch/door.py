@@ -34,6 +34,14 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: cleans up and ends as Ctrl-C does."""
 
 
+class _Lines(standard.Formatter):
+    """What is logged, as a user reads it: without the time and place that a developer wants."""
+
+    def format(self, record: standard.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= standard.WARNING else ""
+        return level + super().format(record)
+
+
 class _Words(tuple_parser.TupleParser):
     """Tuples as a user types them: `q_proj,k_proj` or `0.6,0.4` or `()`."""
 
@@ -219,6 +227,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _guarded(main: Callable[[], None]) -> None:
+    logging.get_absl_handler().setFormatter(_Lines())
     logging.set_verbosity(logging.INFO if FLAGS.verbose else logging.WARNING)
     if not FLAGS.verbose:  # the hub's client tells of each of its many tries, then fails
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -223,8 +223,11 @@ def shown(values: Sequence[Any]) -> str:
 
 def check_labels(rows: Sequence[Example], labels: Sequence[str], split: str,
                  advice: str = MEND) -> None:
-    """Raises a UserError at the first row whose label is not among `labels`."""
+    """Raises a UserError at the first row with another label; warns of labels that no row has."""
     for row in rows:
         if row.label not in labels:
             raise UserError(f"{row.where}: label {row.label!r} in {split} does not occur in "
                             f"training, which has {shown(labels)}. {advice}")
+    if absent := sorted(set(labels) - {row.label for row in rows}):
+        logging.warning("%s: it has no row of %s; macro F1 counts 0 for such a class where it is "
+                        "predicted", split, shown(absent))

@@ -59,6 +59,12 @@ def test_a_long_text_is_cut_to_a_row(load):
     assert tokens.tolist() == task.tokenizer.encode("好坏" * 50)[:SHAPE.length]
 
 
+def test_a_class_that_a_split_lacks_is_warned_of(load, caplog):
+    load(TRAIN, TRAIN, [("很好", "b"), ("太好了", "b")])
+    assert [text for text in caplog.messages if "no row of" in text] == [
+        "test: it has no row of a, c; macro F1 counts 0 for such a class where it is predicted"]
+
+
 def test_texts_that_are_cut_are_counted_once_a_split(load, caplog):
     encode = load(TRAIN, TRAIN, TRAIN).tokenizer.encode
     draw = np.random.default_rng(0)
