@@ -4,7 +4,8 @@
 
 Runs the checks of tests/test_golden.py on each folder of $GLM_JAX_GOLDEN (by default
 ../shared/golden/public, else tests/golden: random weights, inputs, and what Transformers, PEFT or
-the released code made of them) and prints the largest error of each model, in float32.
+the released code made of them) and prints the largest error of each model, in float32. It needs
+requirements-dev.lock.
 """
 
 import argparse
@@ -18,6 +19,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+try:
+    import pytest  # noqa: F401  the checks are tests
+except ModuleNotFoundError:
+    sys.exit("pytest is missing: pip install -r requirements-dev.lock")
 
 import jax  # noqa: E402
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from glm_jax.data.records import Example, load_records  # noqa: E402
 from glm_jax.data.split import load_splits  # noqa: E402
+from glm_jax.errors import UserError  # noqa: E402
 
 
 def tf_idf(texts: Sequence[str]) -> Any:
@@ -128,4 +129,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -455,7 +455,7 @@ def table(plans: Sequence[Plan]) -> str:
     best, how = plans[0], "compiled" if plans[0].compiled else "by arithmetic"
     lines += ["", f"{best.topology}; {how}"]
     if best.fits:
-        lines += ["the first: " + " ".join([
+        lines += ["the best: " + " ".join([
             f"--config.model.remat={best.remat}",
             *(f"--config.mesh.{axis}={best.mesh.get(axis, 1)}" for axis in AXES)])]
     return "\n".join(lines)

@@ -1,12 +1,21 @@
 """benchmarks/fidelity.py: the table of a fixture, and of one whose numbers are not ours."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import numpy as np
+import pytest
 
 from benchmarks import fidelity
 from glm_jax.nn import compute
+
+
+def test_without_pytest_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    with pytest.raises(SystemExit, match="pytest is missing: pip install"):
+        runpy.run_path(fidelity.__file__)
 
 
 def test_the_table_says_what_is_near_and_what_is_not(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """benchmarks/noise.py: labels that were turned round are found, and texts with both labels."""
 
+import runpy
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,13 @@ def test_it_reads_a_file(toy_reviews, capsys):
     out = capsys.readouterr().out
     assert "labels contradicted 0.000\n" in out
     assert "texts that stand in the data twice 0, with both labels 0\n" in out
+
+
+def test_a_run_that_is_not_there_is_one_line(toy_reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["noise.py", f"--data={toy_reviews}", "--split=test",
+                                     f"--models={tmp_path / 'no'}"])
+    with pytest.raises(SystemExit, match=r"error: .*no: no such folder"):
+        runpy.run_path(noise.__file__, run_name="__main__")
 
 
 def test_a_trained_classifier_finds_a_turned_label_of_a_split_it_has_not_seen(

@@ -195,6 +195,7 @@ def test_search_ranks_what_fits_by_time():
         for remat in ("none", "dots", "full")}
     assert [plan.step_seconds for plan in found] == sorted(plan.step_seconds for plan in found)
     assert table(found).count("\n") == len(found) + 3
+    assert "\nthe best: --config.model.remat=" in table(found)
     first = re.findall(r"--config\.([\w.]+)=(\w+)", table(found))
     again = small(**{name: value if "remat" in name else int(value) for name, value in first})
     assert make_plan(again, topology("h100:2")).step_seconds == found[0].step_seconds
