@@ -68,7 +68,7 @@ def read_items(path: str) -> list[tuple[dict[str, Any], str]]:
 
 def load(mesh: Any) -> Any:
     """The model with its tokenizer and settings."""
-    from glm_jax.adapters.peft import load_adapter
+    from glm_jax.adapters.peft import adapter_folder, load_adapter
     from glm_jax.data.tokenizer import load_tokenizer, vocabulary_file
     from glm_jax.infer.generate import Room
     from glm_jax.infer.text import Speaker, settings
@@ -78,8 +78,9 @@ def load(mesh: Any) -> Any:
     tokenizer, files = trained.tokenizer, MODEL.value
     if ADAPTER.value:
         load_adapter(trained.model, ADAPTER.value)
-        if vocabulary_file(ADAPTER.value):  # it has the template that was taught, and its end
-            tokenizer, files = load_tokenizer(ADAPTER.value), ADAPTER.value
+        folder = adapter_folder(ADAPTER.value)
+        if vocabulary_file(folder):  # it has the template that was taught, and its end
+            tokenizer, files = load_tokenizer(folder), str(folder)
     how = settings(files, {name: flag.value for name, flag in HOW.items()})
     return Speaker(trained.model, tokenizer, how, SEED.value,
                    Room(CACHE_DTYPE.value, CACHE_LENGTH.value))

@@ -54,19 +54,19 @@ def test_an_adapter_answers_in_its_own_template(door, base, tmp_path):
     glm_jax.save_pretrained(model, base, tokenizer)
     lora.attach(model, config := lora.LoRAConfig(r=2), seed=0)
     model.config = ending_at(model.config, taught_ends(tokenizer, "glm4_0414", [5]))
-    save_adapter(model, tmp_path / "taught", config, base=str(base),
+    save_adapter(model, adapter := tmp_path / "run/adapter", config, base=str(base),
                  files=model_files(model, speaking(tokenizer, "glm4_0414"), 32))
 
     def said(*arguments):
         done = door("generate", FEW, "--temperature=3", "房间", "--jsonl", *arguments)
         assert done.code == 0, done.err
         return json.loads(done.out)["text"]
-    taught = said(f"--model={base}", f"--adapter={tmp_path / 'taught'}")
+    taught = said(f"--model={base}", f"--adapter={tmp_path / 'run'}")  # a run's folder
     ids = encode_chat(tokenizer, [{"role": "user", "content": "房间"}], template="glm4_0414",
                       add_generation_prompt=True)[0]
     (wanted,) = generate(glm_jax.from_pretrained(base), [ids], max_new_tokens=5,
                          how=Sampling(temperature=3.0)).tokens
-    assert taught == said(f"--model={tmp_path / 'taught'}") == tokenizer.decode(wanted)
+    assert taught == said(f"--model={adapter}") == tokenizer.decode(wanted)
     assert taught != said(f"--model={base}")
 
 
