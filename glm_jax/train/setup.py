@@ -206,9 +206,10 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Any,
     if tokenizer is not None:
         raw = model.config.to_dict()
         check_belongs(tokenizer, raw)
-        if template := config.task.get("template", ""):
-            model.config = ending_at(model.config,
-                                     taught_ends(tokenizer, template, _ends(config, raw)))
+        if config.task.name == "instruction":
+            ends = taught_ends(tokenizer, config.task.template, _ends(config, raw))
+            if ends != ids_of(raw.get("eos_token_id")):
+                model.config = ending_at(model.config, ends)
     lora_config = None
     if config.adapter.name == "lora":
         if config.model.init != "pretrained":

@@ -1,6 +1,7 @@
 """From a config to the parts of a run, and what a run folder belongs to."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,23 @@ def test_pretraining_is_for_one_position_a_token(smoke, fields, name):
     config.model.config = ConfigDict(fields)
     with pytest.raises(UserError, match=f"and {name} takes two"):
         setup.make_task(config, None)
+
+
+@pytest.mark.parametrize(("template", "files", "taught"), [
+    ("", None, 5), ("plain", [5], 5), ("chat", None, [5, 7]), ("", [5, 7], [5, 7]),
+    ("plain", [5, 7], 5)])
+def test_where_a_taught_model_ends(smoke, base, tmp_path, template, files, taught):
+    """A config that says it already stays as it is: released code wants its one number."""
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": 5}))
+    if files:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": files}))
+    config = smoke("full", **{"model.path": str(folder)})
+    config.task.update(name="instruction", template=template)
+    parts = setup.make_parts(config, "lm", (), make_mesh({"data": 1}), load_tokenizer(folder))
+    assert parts.model(by_path(parts.trainable)).config.extra["eos_token_id"] == taught
 
 
 def test_conv_rnn_takes_one_example_a_row(smoke):
