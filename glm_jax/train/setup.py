@@ -206,7 +206,7 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Any,
     if tokenizer is not None:
         raw = model.config.to_dict()
         check_belongs(tokenizer, raw)
-        if config.task.name == "instruction":
+        if config.get("task", {}).get("name") == "instruction":
             ends = taught_ends(tokenizer, config.task.template, _ends(config, raw))
             if ends != ids_of(raw.get("eos_token_id")):
                 model.config = ending_at(model.config, ends)

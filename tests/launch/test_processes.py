@@ -157,13 +157,13 @@ def test_predictions_and_answers_in_two_processes(pod, door, trained, base, tmp_
                                                   devices):
     """Those of one process, printed by the first; the second has no text of its own."""
     texts = [("房间干净", "早餐差", "服务周到，早餐很好")[n % 3] * (1 + n) for n in range(5)]
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     own = [one.replace("--file=", f"--file={tmp_path}/") for one in own]
     door_name, *flags = command
     flags += ([f"--model={trained}"] if door_name == "predict" else
               [f"--model={base}", "--max_new_tokens=5"])
-    stdin = "\n\n".join(texts).encode()
+    stdin = "\n".join(texts).encode()
     alone = door(door_name, *(flag for flag in flags if flag[:6] != "--mesh"), *own, stdin=stdin)
     one, other = pod(2, door_name, *flags, own=[own, []], devices=devices, stdin=stdin)
     assert (alone.code, one.code, other.code) == (0, 0, 0), (alone, one, other)
