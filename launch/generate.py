@@ -75,13 +75,15 @@ def load(mesh: Any) -> Any:
     from glm_jax.train.load import load_trained
 
     trained = load_trained(MODEL.value, mesh, dtype=DTYPE.value)
-    tokenizer, files = trained.tokenizer, MODEL.value
+    tokenizer, own = trained.tokenizer, {}
     if ADAPTER.value:
         load_adapter(trained.model, ADAPTER.value)
         folder = adapter_folder(ADAPTER.value)
-        if vocabulary_file(folder):  # it has the template that was taught, and its end
-            tokenizer, files = load_tokenizer(folder), str(folder)
-    how = settings(files, {name: flag.value for name, flag in HOW.items()})
+        own = settings(folder, {})  # where it was taught to end; the rest is the model's
+        if vocabulary_file(folder):  # which has the template that was taught
+            tokenizer = load_tokenizer(folder)
+    given = {name: flag.value for name, flag in HOW.items() if flag.value is not None}
+    how = settings(MODEL.value, own | given)
     return Speaker(trained.model, tokenizer, how, SEED.value,
                    Room(CACHE_DTYPE.value, CACHE_LENGTH.value))
 

@@ -319,7 +319,7 @@ def make_task(config: Any, tokenizer: Tokenizer | None, mesh: Mesh | None = None
 
 def _ends(config: Any, raw: Mapping[str, Any]) -> list[int]:
     """Where the files of the model that is trained say that an answer ends."""
-    files = settings(folders(config)[0], {}) if config.model.path else {}
+    files = settings(folders(config)[0], {})
     return ids_of(files.get("eos_token_id", raw.get("eos_token_id")))
 
 

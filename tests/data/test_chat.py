@@ -228,7 +228,7 @@ def test_what_a_run_teaches_is_in_the_tokenizers_files():
 
 @pytest.mark.parametrize(("template", "before", "after"), [
     ("", ["<eop>"], ["<eop>"]), ("chat", ["<eop>"], ["<eop>", "<|user|>"]),
-    ("chat", ["<|user|>"], ["<|user|>"]),
+    ("chat", ["<|user|>"], ["<|user|>"]), ("chat", [], ["<|endoftext|>", "<|user|>"]),
     ("plain", ["<|user|>", "<|observation|>"], ["<|endoftext|>"])])
 def test_where_a_taught_model_ends(template, before, after):
     ours = tokenizer("glm4")

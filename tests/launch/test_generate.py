@@ -57,8 +57,12 @@ def test_an_adapter_answers_in_its_own_template(door, base, tmp_path):
     save_adapter(model, adapter := tmp_path / "run/adapter", config, base=str(base),
                  files=model_files(model, speaking(tokenizer, "glm4_0414"), 32))
 
+    flags = FEW, "--temperature=3"
+    (base / "generation_config.json").write_text(json.dumps(  # the model's own hold on
+        {"do_sample": True, "temperature": 3.0, "max_new_tokens": 5, "eos_token_id": 5}))
+
     def said(*arguments):
-        done = door("generate", FEW, "--temperature=3", "房间", "--jsonl", *arguments)
+        done = door("generate", "房间", "--jsonl", *arguments)
         assert done.code == 0, done.err
         return json.loads(done.out)["text"]
     taught = said(f"--model={base}", f"--adapter={tmp_path / 'run'}")  # a run's folder
@@ -66,8 +70,8 @@ def test_an_adapter_answers_in_its_own_template(door, base, tmp_path):
                       add_generation_prompt=True)[0]
     (wanted,) = generate(glm_jax.from_pretrained(base), [ids], max_new_tokens=5,
                          how=Sampling(temperature=3.0)).tokens
-    assert taught == said(f"--model={adapter}") == tokenizer.decode(wanted)
-    assert taught != said(f"--model={base}")
+    assert taught == said(f"--model={adapter}", *flags) == tokenizer.decode(wanted)
+    assert taught != said(f"--model={base}", *flags)
 
 
 def test_more_than_the_models_positions_is_told(door, base):
