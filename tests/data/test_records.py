@@ -101,11 +101,13 @@ BAD = [
     ("label.tsv", "text\tlabel\n好\t\n", "label.tsv:2: the label (field 'label') is empty"),
     ("bytes.csv", b"text,label\n\xe5\xa5\xbd,1\n\xe5\xb7\xae\xff,0\n",
      "bytes.csv:3: not UTF-8: byte 4 of the line is 0xff. Save the file as UTF-8."),
-    ("gbk.jsonl", '{"text": "好"}'.encode("gbk"),
+    ("gbk.jsonl", '{"text": "好位置"}'.encode("gbk"),
      "gbk.jsonl:1: not UTF-8: byte 11 of the line is 0xba. Save the file as UTF-8; it reads as "
      "GB18030: iconv -f GB18030 -t UTF-8 OLD > NEW."),
     *((f"{kind}.csv", f"text,label\n{text},1\n".encode(kind), ". Save the file as UTF-8.")
-      for kind, text in (("big5", "房間很乾淨，早餐也不錯"), ("latin-1", "très agréable"))),
+      for kind, text in (("big5", "房間很乾淨，早餐也不錯"), ("latin-1", "très agréable"),
+                         ("euc_kr", "방이 깨끗하고 조식이 맛있어요"),
+                         ("euc_jp", "清潔でした。また来ます"))),
     ("wide.csv", "text,label\n好,1\n".encode("utf-16"), "it reads as UTF-16: iconv -f UTF-16 "),
     ("nul.csv", "text,label\n好,1\n差\0,0\n", "nul.csv:3: there is a NUL byte"),
     ("broken.jsonl", '{"text": "好", "label": 1}\n\n{"text": "差" "label": 0}\n',
@@ -114,6 +116,9 @@ BAD = [
     ("whole.json", '{\n "data": [{"text": "好", "label": 1}],\n "n": 1\n}\n',
      "whole.json: the whole file is one object with 'data', 'n'; wanted is one object a line, or "
      "an array of objects"),
+    ("whole.jsonl", '{"n": 1, "data": [{"text": "好", "label": 1}]}\n',
+     "elsewhere. If 'data' holds the records: wanted is one object a line, or an array of objects "
+     "in a .json file."),
     ("array.jsonl", '[\n {"text": "好", "label": 1}\n]\n', "the whole file is an array"),
     ("one_line.json", '[{"text": "好", "label": 1}, {"text": "", "label": 0}]\n',
      "one_line.json:1 (record 2): the text (field 'text') is empty"),
