@@ -4,6 +4,7 @@ A process that fails tells the others why, and all end with that line; one that 
 program that never joins others is the one process of its job.
 """
 
+import collections
 import contextlib
 import ctypes
 import faulthandler
@@ -31,12 +32,15 @@ TELL_SECONDS = 10  # a process that fails waits so long until all others have re
 LEAVE_SECONDS = 3  # which the others have to end before process 0 does, of a failure
 SEE_SECONDS = 60  # what process 0 has written must be seen by the others within this
 END_SECONDS = 600  # one that is done waits so long for the others to be
+PART = 2**24  # characters that are handed on at a time: more would hold up the signs of life
 UNREACHED = "process 0 died: it can't be reached"
+GONE = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")  # what calls of process 0 end with then
 AGAIN = "start all processes again"
 
 _client: Any = None  # of the coordination service, between joining and parting
 _again = AGAIN  # what to do when one has died
 _ending = threading.Lock()
+_used: collections.Counter[str] = collections.Counter()  # names that all have met by
 
 
 def _state() -> Any:
@@ -162,7 +166,7 @@ def _check_port(coordinator: str) -> None:
 
 def _watch(client: Any, heartbeat: int) -> None:
     """Ends this process when another one fails or dies, whatever its main thread waits for."""
-    everyone = range(_state().num_processes)
+    everyone, broken = range(_state().num_processes), ""
     while _client is client:
         try:
             who, why, code = json.loads(
@@ -173,10 +177,12 @@ def _watch(client: Any, heartbeat: int) -> None:
             return
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
+                broken = f"{type(error).__name__}: {error}"
                 break
         try:
             dead = sorted(set(everyone) - set(client.get_live_nodes(everyone)))
-        except Exception:
+        except Exception as error:
+            broken = f"{type(error).__name__}: {error}"
             break
         if dead:
             time.sleep(WATCH_SECONDS)  # at the end all leave: this one may be about to
@@ -184,7 +190,9 @@ def _watch(client: Any, heartbeat: int) -> None:
             _end(f"process {dead[0]} died: nothing was heard of it for {heartbeat} s; {_again}")
     if _client is client:
         time.sleep(LEAVE_SECONDS)  # JAX most likely aborts: `_on_abort` ends behind its last word
-        _end(f"{UNREACHED}; {_again}")
+        gone = any(word in broken for word in GONE)
+        why = UNREACHED if gone else f"can't hear of the others: {broken.splitlines()[0]}"
+        _end(f"{why}; {_again}")
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -275,12 +283,24 @@ def shared(what: str, make: Callable[[], Any]) -> Any:
 
     The others wait without a limit, as for a text that somebody types; `_watch` sees a failure.
     """
-    client = _state().client
+    client, what = _state().client, _once(what)
     if client is None:
         return make()
     if speaks():
-        client.key_value_set(what, json.dumps(make()))
-    return json.loads(client.blocking_key_value_get(what, 2**31 - 1))
+        text = json.dumps(make())
+        parts = [text[at:at + PART] for at in range(0, len(text), PART)]
+        for number, part in enumerate(parts):
+            client.key_value_set(f"{what}, part {number}", part)
+        client.key_value_set(what, str(len(parts)))
+    count = int(client.blocking_key_value_get(what, 2**31 - 1))
+    return json.loads("".join(client.blocking_key_value_get(f"{what}, part {number}", 2**31 - 1)
+                              for number in range(count)))
+
+
+def _once(name: str) -> str:
+    """The name, numbered: the service takes each once, and all come to the same in turn."""
+    _used[name] += 1
+    return f"{name} {_used[name]}"
 
 
 def check_same(what: str, fields: Mapping[str, Any]) -> None:
@@ -298,7 +318,7 @@ def check_same(what: str, fields: Mapping[str, Any]) -> None:
         raise UserError(f"another config, data or model than process 0 has ({shown}): start all "
                         "processes with the same command, on the same files")
     try:
-        client.wait_at_barrier(f"same {what}", 1000 * READ_SECONDS)
+        client.wait_at_barrier(_once(f"same {what}"), 1000 * READ_SECONDS)
     except Exception as error:
         if "DEADLINE_EXCEEDED" not in str(error):  # another one has ended: `_watch` says which
             raise
@@ -326,7 +346,7 @@ def see(folder: Path) -> None:
             raise UserError(f"{folder}: what process 0 writes there is not to be seen here: "
                             "processes must share the run folder, on a network file system")
         time.sleep(0.5)
-    client.wait_at_barrier("seen", 1000 * READ_SECONDS)
+    client.wait_at_barrier(_once("all have seen"), 1000 * READ_SECONDS)
     if speaks():
         mark.unlink()
 

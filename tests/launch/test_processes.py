@@ -345,16 +345,48 @@ def test_none_goes_on_before_all_have_read_the_same(program, tmp_path):
 
 def test_only_a_deadline_is_told_as_one(monkeypatch):
     class Client:
-        key_value_set = staticmethod(lambda key, value: None)
-        blocking_key_value_get = staticmethod(lambda key, milliseconds: '{"a": 1}')
+        def __init__(self):
+            self.values = {}
+            self.key_value_set = self.values.__setitem__
+
+        def blocking_key_value_get(self, key, milliseconds):
+            return self.values[key]
 
         @staticmethod
         def wait_at_barrier(name, milliseconds):
             raise RuntimeError("UNAVAILABLE: task 1 is gone")
-    state = types.SimpleNamespace(client=Client, process_id=0)
+    state = types.SimpleNamespace(client=Client(), process_id=0)
     monkeypatch.setattr(processes, "_state", lambda: state)
     with pytest.raises(RuntimeError, match="task 1 is gone"):  # and no UserError
         processes.check_same("data", {"a": 1})
+
+
+@pytest.mark.parametrize(("said", "told"), [
+    ("UNAVAILABLE: Connection reset by peer", "process 0 died: it can't be reached; start all"),
+    ("INTERNAL: a bug\nfar away", "can't hear of the others: RuntimeError: INTERNAL: a bug; start"),
+])
+def test_a_failed_look_for_the_dead_is_laid_to_process_0_only_where_it_says_so(monkeypatch, said,
+                                                                               told):
+    class Client:
+        def blocking_key_value_get(self, key, milliseconds):
+            raise RuntimeError("DEADLINE_EXCEEDED: nobody has failed")
+
+        def get_live_nodes(self, everyone):
+            raise RuntimeError(said)
+    ends, client = [], Client()
+    monkeypatch.setattr(processes, "_client", client)
+    monkeypatch.setattr(processes, "LEAVE_SECONDS", 0)
+    monkeypatch.setattr(processes, "_state", lambda: types.SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(processes, "_end", ends.append)
+    processes._watch(client, 3)
+    assert len(ends) == 1 and ends[0].startswith(told), ends
+
+
+def test_a_job_may_train_twice_and_hand_on_what_is_large(program):
+    both = program(2, "processes.PART, text = 7, '好' * 20", "for n in range(2):",
+                   "    processes.check_same('data', {'n': n})", "    processes.see(folder)",
+                   "    assert processes.shared('text', lambda: text[n:]) == text[n:]")
+    assert [(result.code, result.err) for result in both] == [(0, "")] * 2, both
 
 
 def test_a_run_folder_of_each_ones_own(program, tmp_path):
