@@ -70,6 +70,14 @@ def slices_of(kind: str) -> str:
         f"{', '.join(PARTS)}, and those with sides that 4 divides, the smallest first")
 
 
+def is_slice(kind: str, shape: str) -> bool:
+    """Whether there is such a slice of TPUs."""
+    if sides_of(kind) == 2:
+        return shape in FLAT
+    sides = [int(side) for side in shape.split("x")]
+    return shape in PARTS or (sides == sorted(sides) and all(side % 4 == 0 for side in sides))
+
+
 def slice_of(accelerator: str) -> str:
     """`v6e:4x4` for Cloud TPU's `v6e-16`, whose number counts cores of v4 and v5p, two a chip.
 
@@ -146,4 +154,6 @@ def topology(text: str) -> Topology:
         raise UserError(f"--topology={text}: " + (
             "GPUs are only counted, such as h100:16" if count == 1 else
             f"a slice of {kind} has {count} sides, such as {kind}:" + "x".join("4" * count)))
+    if count > 1 and not is_slice(kind, found[3]):
+        raise UserError(f"--topology={text}: the slices of {kind} are {slices_of(kind)}")
     return Topology(kind, shape, slices)

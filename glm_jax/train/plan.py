@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, Mesh
 from glm_jax.errors import UserError
 from glm_jax.parallel.mesh import AXES, abstract_mesh, across_slices, make_mesh, use_rules
 from glm_jax.train import estimate, setup
-from glm_jax.train.chips import Topology, slices_of
+from glm_jax.train.chips import Topology
 from glm_jax.train.estimate import Pieces
 from glm_jax.train.flops import training_flops
 from glm_jax.train.hlo import Collective, collectives
@@ -134,8 +134,7 @@ def _tpus(topology: Topology) -> Any:
         try:
             return topologies.get_topology_desc(name, "tpu", **special).devices
         except Exception as error:  # of several kinds, by what is wrong
-            raise UserError(f"--topology={topology}: the compiler knows no such slice; those of "
-                            f"{topology.kind} are {slices_of(topology.kind)} (its words: "
+            raise UserError(f"--topology={topology}: the compiler knows no such slice (its words: "
                             f"{str(error).splitlines()[0]})") from None
 
 

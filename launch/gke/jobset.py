@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import flags
 
 from glm_jax.errors import UserError
-from glm_jax.train.chips import FLAT, PARTS, sides_of, slices_of
+from glm_jax.train.chips import is_slice, sides_of, slices_of
 from launch import door, shell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +51,7 @@ def check_slice(kind: str, shape: str) -> list[int]:
     if not re.fullmatch("x".join([r"[1-9]\d*"] * count), shape):
         raise UserError(f"--topology={shape}: a slice of --tpu={kind} has {count} sides, such as "
                         f"{'x'.join('4' * count)}")
-    cubes = count == 3 and sides == sorted(sides) and all(side % 4 == 0 for side in sides)
-    if shape not in (FLAT if count == 2 else PARTS) and not cubes:
+    if not is_slice(kind, shape):
         raise UserError(f"--topology={shape}: the slices of --tpu={kind} are {slices_of(kind)}")
     return sides
 
@@ -73,8 +72,8 @@ def manifest(job: list[str]) -> str:
         name=NAME.value, image=json.dumps(image()), claim=json.dumps(CLAIM.value),
         restarts=RESTARTS.value, slices=SLICES.value, hosts=chips // HOST_CHIPS.value,
         chips=HOST_CHIPS.value,
-        # Kubernetes fills in $(NAME); twice the dollar is one.
-        command=json.dumps([word.replace("$(", "$$(") for word in words], ensure_ascii=False),
+        # Kubernetes fills in $(NAME), and makes one dollar of two.
+        command=json.dumps([word.replace("$", "$$") for word in words], ensure_ascii=False),
         nodes=json.dumps({"cloud.google.com/gke-tpu-accelerator": ACCELERATORS[TPU.value],
                           "cloud.google.com/gke-tpu-topology": TOPOLOGY.value} | spot))
 

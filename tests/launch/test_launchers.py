@@ -20,7 +20,8 @@ from tests.launch.conftest import ROOT
 
 POD = ("tpu/pod", "--name=glm", "--zone=us-east5-b")
 SSH = "gcloud compute tpus tpu-vm ssh glm --worker={} "
-JOB = ("--", "--config=configs/chat.py", "--workdir=/share/my runs", "--config.task.text=it's $(x)")
+JOB = ("--", "--config=configs/chat.py", "--workdir=/share/my runs",
+       "--config.task.text=it's $(x) $$y")
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_a_jobset(shown):
     assert container["image"] == "registry/glm-jax"
     assert container["command"] == [
         "python", "launch/train.py", "--cluster", JOB[1], JOB[2],
-        "--config.task.text=it's $$(x)"]  # $$( is $( where Kubernetes has read it
+        "--config.task.text=it's $$(x) $$$$y"]  # $$ is $ where Kubernetes has read it
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["volumeMounts"] == [{"name": "share", "mountPath": "/share"}]
     assert pod["volumes"] == [{"name": "share", "persistentVolumeClaim": {"claimName": "runs"}}]
