@@ -62,7 +62,7 @@ def _matrices(model: Any) -> dict[str, float]:
     config, sizes = model.config, {}
     parameters = flat(model)
     for path, parameter in parameters.items():
-        head, *_, kind = path.split(".")
+        head, kind = path.split(".")[0], path.split(".")[-1]
         size: float = parameter.get_value().size
         if kind == "embedding":
             tied = head == "embed_tokens" and model.head in ("lm", "mlm")

@@ -112,7 +112,11 @@ def test_the_head_of_an_encoder_counts_once_a_text():
     model = nnx.eval_shape(lambda: architecture_of(raw).model(config, "sequence",
                                                               rngs=nnx.Rngs(0)))
     paths = by_path(nnx.state(model, nnx.Param))
-    assert training_flops(model, paths).token == 6 * 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    layers = 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert training_flops(model, paths).token == 6 * layers
+    model = nnx.eval_shape(lambda: architecture_of(raw).model(config, "mlm", rngs=nnx.Rngs(0)))
+    paths = by_path(nnx.state(model, nnx.Param))  # that of a language model once a token
+    assert training_flops(model, paths).token == 6 * (layers + 64 * 64 + 99 * 64)
 
 
 def test_pairs_are_what_the_mask_shows():
