@@ -65,12 +65,12 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         they can't be laid out so.
     """
     ours, devices = devices is None, list(jax.devices() if devices is None else devices)
-    shape, asked = _shape(sizes, len(devices))
+    shape, asked = _shape(sizes, len(devices), ours)
     wanted = math.prod(shape)
     if wanted > len(devices):
         raise UserError(
-            f"mesh: {asked} needs {wanted} devices, but there are {len(devices)}; lower the sizes "
-            f"or {_simulated(wanted)}")
+            f"mesh: {asked} needs {wanted} devices, but there are {len(devices)}; "
+            f"{_remedy(wanted, ours)}")
     devices = devices[:wanted]
     held = {device.process_index for device in devices}
     if ours and len(held) < jax.process_count():
@@ -85,7 +85,7 @@ def abstract_mesh(sizes: Mapping[str, int] | None, count: int, slices: int = 1) 
     Raises:
       UserError: as `make_mesh` on as many devices in so many slices.
     """
-    shape, asked = _shape(sizes, count)
+    shape, asked = _shape(sizes, count, ours=False)
     if math.prod(shape) == count:  # else the planner says what is wrong with it
         across_slices(dict(zip(AXES, shape, strict=True)), slices, asked)
     return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -108,7 +108,7 @@ def across_slices(sizes: Mapping[str, int], slices: int, asked: str = "") -> dic
     return across
 
 
-def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]:
+def _shape(sizes: Mapping[str, int] | None, count: int, ours: bool) -> tuple[list[int], str]:
     """The size of each of `AXES` with so many devices, and how a message names what was asked."""
     sizes = dict(sizes or {"data": -1})
     unknown = [name for name in sizes if name not in AXES]
@@ -125,14 +125,15 @@ def _shape(sizes: Mapping[str, int] | None, count: int) -> tuple[list[int], str]
         known = -math.prod(shape)
         if count % known:
             raise UserError(f"mesh: {asked} needs a multiple of {known} devices, "
-                            f"there are {count}; lower the sizes or {_simulated(known)}")
+                            f"there are {count}; {_remedy(known, ours)}")
         shape[shape.index(-1)] = count // known
     return shape, asked
 
 
-def _simulated(count: int) -> str:
-    return (f"simulate {count} on a CPU: --config.mesh.cpu_devices={count}, or in a program "
-            f"jax.config.update('jax_num_cpu_devices', {count}) before all else")
+def _remedy(count: int, ours: bool) -> str:
+    return "lower the sizes" + (
+        f" or simulate {count} on a CPU: --config.mesh.cpu_devices={count}, or in a program "
+        f"jax.config.update('jax_num_cpu_devices', {count}) before all else" if ours else "")
 
 
 def _arranged(shape: Sequence[int], devices: Sequence[Any], asked: str) -> np.ndarray:

@@ -238,6 +238,8 @@ def test_the_compilers_own_figures_when_it_does_not_fit(said, sizes):
     ({"batch.rows": 6}, "h100:4", "batch.rows=6 must be a multiple"),
     ({"mesh.fsdp": 2}, "h100:4", "mesh: fsdp=2 takes 2 of the 4 chips of h100:4"),
     ({"mesh.fsdp": 16}, "h100:4", "mesh: fsdp=16 takes 16 of the 4 chips of h100:4"),
+    ({"mesh.data": -1, "mesh.fsdp": 3}, "h100:4", "a multiple of 3 devices, there are 4; lower "
+     "the sizes$"),
     ({"steps": -1}, "h100:4", "steps=-1"),
     ({"model.remat": "some"}, "h100:4", "choose one of none, attention"),
 ])
