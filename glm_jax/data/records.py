@@ -226,11 +226,11 @@ def _encoding(raw: bytes) -> str:
         return ""
     # GBK, as Excel writes "CSV" in China, is a part of it. Big5 and Latin-1 may decode as it too,
     # but to characters of which few are common: those of GB2312, two bytes each. Korean and
-    # Japanese do to common ones, but to kana, or hardly to any of the syllables from s to z.
+    # Japanese do to common ones, but to much kana, or hardly to any of the syllables from s to z.
     common = wide.encode("gb2312", "ignore")
     firsts = common[::2]
-    late, kana = sum(0xC9 <= b <= 0xD7 for b in firsts), any(b in (0xA4, 0xA5) for b in firsts)
-    sure = len(common) > 2 * 0.6 * len(wide) and 5 * late > len(firsts) and not kana
+    late, kana = sum(0xC9 <= b <= 0xD7 for b in firsts), sum(b in (0xA4, 0xA5) for b in firsts)
+    sure = len(common) > 2 * 0.6 * len(wide) and 5 * late > len(firsts) > 20 * kana
     return "GB18030" if sure else ""
 
 

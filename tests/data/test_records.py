@@ -101,7 +101,7 @@ BAD = [
     ("label.tsv", "text\tlabel\n好\t\n", "label.tsv:2: the label (field 'label') is empty"),
     ("bytes.csv", b"text,label\n\xe5\xa5\xbd,1\n\xe5\xb7\xae\xff,0\n",
      "bytes.csv:3: not UTF-8: byte 4 of the line is 0xff. Save the file as UTF-8."),
-    ("gbk.jsonl", '{"text": "好位置"}'.encode("gbk"),
+    ("gbk.jsonl", '{"text": "好位置。推荐，房间の样子不错，下次还来这里住。"}'.encode("gbk"),
      "gbk.jsonl:1: not UTF-8: byte 11 of the line is 0xba. Save the file as UTF-8; it reads as "
      "GB18030: iconv -f GB18030 -t UTF-8 OLD > NEW."),
     *((f"{kind}.csv", f"text,label\n{text},1\n".encode(kind), ". Save the file as UTF-8.")
