@@ -26,6 +26,7 @@ from glm_jax.files import sha256, write_json_atomic
 
 # What the loop counts and saves beside the arrays.
 COUNTERS: dict[str, Any] = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
+KEPT = 2  # of the last steps; of one alone a damaged step would leave none
 _SUMS = ".sha256.json"
 # What may lie in the folder because of us: `200`, `200.sha256.json`, `200.orbax-checkpoint-tmp`.
 _OURS = re.compile(r"(\d+)(\..*)?")
@@ -37,17 +38,15 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves, verifies, keeps and restores the steps of one run.
 
-    Kept are the last `keep_last` steps, and for each of them the best step so far, so that falling
-    back to an older step finds its own best. With `keep_last=1` a damaged step may be the only one.
+    Kept are the last `KEPT` steps, and for each of them the best step so far, so that falling back
+    to an older step finds its own best.
     Every process calls every method; process 0 hashes and deletes.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 2):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder).absolute()
-        self.keep_last = keep_last
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
-        self._saved: set[int] = set()  # by this object: a second save of the same step is free
         self._damaged: set[int] = set()
         # Orbax prints a traceback for each of its threads that fails; the error is raised here too.
         logging.getLogger("absl").addFilter(_not_from_orbax_threads)
@@ -58,21 +57,12 @@ class Checkpoints:
         `state` is a pytree of jax arrays and Python numbers, strings and booleans. Its arrays may
         be donated as soon as this returns: Orbax holds a copy, or on CPU a reference that makes
         JAX decline the donation once. `data_iterator` is Grain's. `best` marks the step as the best
-        so far; saving a step again only adds that mark. What went wrong with the save before this
-        one is raised here, as in `wait`.
+        so far. What went wrong with the save before this one is raised here, as in `wait`.
         """
         self.wait()
-        if step in self._saved:
-            if best and jax.process_index() == 0 and (sums := self._read_sums(step)):
-                write_json_atomic(self._sums(step), {**sums, "best": True})
-                self._prune(max(self._saved))
-            return
         named = dict(_named(state))
         arrays = {name: leaf for name, leaf in named.items() if isinstance(leaf, jax.Array)}
         scalars = {name: leaf for name, leaf in named.items() if name not in arrays}
-        for name, leaf in scalars.items():
-            if not isinstance(leaf, bool | int | float | str):
-                raise TypeError(f"checkpoint: {name} is a {type(leaf).__name__}, not a jax.Array")
         # A copy: Orbax writes it later, and Grain gives out the object that it goes on with.
         position = None if data_iterator is None else copy.deepcopy(data_iterator.get_state())
         try:
@@ -101,7 +91,6 @@ class Checkpoints:
             future.result()
         except Exception as error:
             raise self._explained(step, error) from error
-        self._saved.add(step)
 
     def close(self) -> None:
         """Waits for the last save and ends the writing thread."""
@@ -145,10 +134,7 @@ class Checkpoints:
                          best, chosen)
         _check_same(path, {**saved.metadata, **scalars}, dict(_named(abstract_state)))
         wanted = {n: _abstract(x) for n, x in _named(abstract_state) if hasattr(x, "shape")}
-        try:
-            arrays = ocp.load(path, wanted, checkpointable_name="state")
-        except Exception as error:
-            raise RuntimeError(f"{path} could not be loaded: {_causes(error)[-1]}") from error
+        arrays = ocp.load(path, wanted, checkpointable_name="state")
         if data_iterator is not None:
             try:
                 data_iterator.set_state(position)
@@ -157,7 +143,6 @@ class Checkpoints:
                     f"{path}: the data can't go on from position {position} ({error}); it differs "
                     "from what the run started with: restore that data, or take a new --workdir"
                 ) from error
-        self._saved = {chosen}  # what is saved later belongs to another past, and is written anew
         leaves = [arrays[n] if n in arrays else scalars[n] for n, _ in _named(abstract_state)]
         return chosen, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
@@ -194,7 +179,7 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         steps = [step for step in self.steps() if step <= newest]  # later ones: an abandoned past
-        keep, bests = set(steps[-self.keep_last :]), self._bests()
+        keep, bests = set(steps[-KEPT:]), self._bests()
         keep |= {max((best for best in bests if best <= step), default=step) for step in keep}
         for step in self.steps():
             if step not in keep:

@@ -67,8 +67,8 @@ def assert_same(got: dict, want: dict) -> None:
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected), str(path))
 
 
-def save(folder: Path, *steps: int, best: tuple[int, ...] = (), keep_last: int = 2) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep_last)
+def save(folder: Path, *steps: int, best: tuple[int, ...] = ()) -> Checkpoints:
+    checkpoints = Checkpoints(folder)
     for step in steps:
         checkpoints.save(step, make_state(step), best=step in best)
     checkpoints.wait()
@@ -115,10 +115,11 @@ def test_arrays_may_be_donated_at_once(tmp_path):
 
 
 def test_keeps_the_last_steps_and_their_best(tmp_path):
-    checkpoints = save(tmp_path, 10, 20, 30, 40, 50, best=(10, 20))
-    assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([20, 40, 50], 20)
+    checkpoints = save(tmp_path, 10, 20, 30, 40, best=(10, 20))
+    assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([20, 30, 40], 20)
     # 50 has a new best, but falling back to 40 must still find 20.
     checkpoints.save(50, make_state(50), best=True)
+    checkpoints.wait()
     assert (checkpoints.steps(), checkpoints.whole_best()[0]) == ([20, 40, 50], 50)
     checkpoints.save(60, make_state(60))
     checkpoints.wait()
@@ -129,7 +130,8 @@ def test_keeps_the_last_steps_and_their_best(tmp_path):
 
 
 def test_an_older_step_is_deleted_only_when_the_newer_is_whole(tmp_path, monkeypatch):
-    checkpoints = save(tmp_path, 10, keep_last=1)
+    monkeypatch.setattr(checkpoint, "KEPT", 1)
+    checkpoints = save(tmp_path, 10)
 
     def cut_short(path, value):
         assert (tmp_path / "10.sha256.json").exists() and (tmp_path / "10").is_dir()
@@ -210,9 +212,10 @@ def test_a_step_without_checksums_is_not_trusted_and_is_cleaned_up(tmp_path):
     assert checkpoints.steps() == [10, 15]
 
 
-def test_steps_of_an_abandoned_past_go(tmp_path):
-    save(tmp_path, 10, 20, 30, best=(30,), keep_last=3)
-    checkpoints = Checkpoints(tmp_path, keep_last=3)
+def test_steps_of_an_abandoned_past_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "KEPT", 3)
+    save(tmp_path, 10, 20, 30, best=(30,))
+    checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(make_state(), step=10)[0] == 10
     checkpoints.save(20, make_state(99))
     checkpoints.wait()
