@@ -68,13 +68,11 @@ class Checkpoints:
         try:
             self._clean(also=step)
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Not Grain's own handler: its file is named after the process, so a run could not go
+            # on with another number of them. Each has the same position, so one is enough.
             response = ocp.save_checkpointables_async(
-                self.folder / str(step),
-                {"state": arrays},
-                # Not Grain's own handler: its file is named after the process, so a run could not
-                # go on with another number of them. Each has the same position, so one is enough.
-                custom_metadata={"scalars": scalars, "data": position},
-            )
+                self.folder / str(step), {"state": arrays},
+                custom_metadata={"scalars": scalars, "data": position})
         except Exception as error:
             raise self._explained(step, error) from error
         self._pending = step, self._writer.submit(self._finish, step, response, best)
@@ -105,12 +103,8 @@ class Checkpoints:
         steps = {int(match[1]) for match in found if match and match[2] == _SUMS}
         return sorted(s for s in steps - self._damaged if (self.folder / str(s)).is_dir())
 
-    def restore(
-        self,
-        abstract_state: Any,
-        data_iterator: Any = None,
-        step: int | Literal["best"] | None = None,
-    ) -> tuple[int, Any] | None:
+    def restore(self, abstract_state: Any, data_iterator: Any = None,
+                step: int | Literal["best"] | None = None) -> tuple[int, Any] | None:
         """Loads a step into the shape of `abstract_state`; None when nothing was ever saved.
 
         The array leaves of `abstract_state` have shape, dtype and sharding (`jax.ShapeDtypeStruct`,
@@ -142,7 +136,7 @@ class Checkpoints:
                 raise UserError(
                     f"{path}: the data can't go on from position {position} ({error}); it differs "
                     "from what the run started with: restore that data, or take a new --workdir"
-                ) from error
+                    ) from error
         leaves = [arrays[n] if n in arrays else scalars[n] for n, _ in _named(abstract_state)]
         return chosen, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
@@ -214,10 +208,8 @@ class Checkpoints:
             return wanted
         step = self._whole(self._bests()) if wanted == "best" else -1
         if step < 0 and (step := self._whole(self.steps())) < 0 and steps:
-            raise UserError(
-                f"no checkpoint in {self.folder} is whole ({self._fault(steps[0])}); delete that "
-                "folder to start again, or put back a copy of it"
-            )
+            raise UserError(f"no checkpoint in {self.folder} is whole ({self._fault(steps[0])}); "
+                            "delete that folder to start again, or put back a copy of it")
         return step
 
     def _whole(self, steps: list[int]) -> int:
@@ -253,10 +245,9 @@ class Checkpoints:
         where = f"checkpoint {step} could not be written to {self.folder}"
         if codes & _DISK_FULL:
             free = shutil.disk_usage(self.folder).free / 2**20
-            return UserError(
-                f"{where}: no space left on the device, {free:.0f} MiB are free. The checkpoints "
-                "before it are whole: free some space and run the same command again"
-            )
+            return UserError(f"{where}: no space left on the device, {free:.0f} MiB are free. The "
+                             "checkpoints before it are whole: free some space and run the same "
+                             "command again")
         return (UserError if codes else RuntimeError)(f"{where}: {causes[-1]}")
 
 
@@ -298,8 +289,7 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise UserError(
             f"{path} was made by a different run: {'; '.join(sorted(faults)[:3])}{more}. Use the "
-            "config that the run was started with, or a new --workdir"
-        )
+            "config that the run was started with, or a new --workdir")
 
 
 def _from_process_0(choose: Callable[[], int]) -> int:

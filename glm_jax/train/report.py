@@ -26,30 +26,26 @@ COLOURS = ("one", "two", "three")  # classes of report.html
 FRAME = {"width": 720, "height": 260, "left": 56, "right": 696, "top": 10, "bottom": 220}
 
 
-def write_report(
-    folder: Path, details: Mapping[str, Any] | None = None, split: str = "test"
-) -> Path:
+def write_report(folder: Path, details: Mapping[str, Any], split: str) -> Path:
     """Writes `report.html` from the run folder's config.json, result.json and metrics.jsonl.
 
     `details` of `split` are what result.json leaves out, all optional: `labels`, `classes` and
     `confusion` as tasks.metrics.classification_metrics returns them, and `rows`: mappings with
     `text`, `label`, `predicted` and `probability` (of what was predicted).
     """
-    details = details or {}
     result, ran_on = read_json(folder / "result.json"), environment()
-    parts = [f"{result['steps']:,} steps"] if "steps" in result else []
-    if "seconds" in result:
-        minutes, seconds = divmod(round(result["seconds"]), 60)
-        parts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
+    minutes, seconds = divmod(round(result["seconds"]), 60)
+    took = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     others = {k: v for k, v in result.items() if k not in (split, "steps", "seconds")}
-    numbers = _numbers({split: result.get(split, {})}) | _numbers(others)
+    numbers = _numbers({split: result[split]}) | _numbers(others)
     template = jinja2.Template(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"),
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     config = flatten_dict(read_json(folder / "config.json"), sep=".",
                           is_leaf=lambda _, value: not value)  # an empty mapping is shown too
     page = template.render(
-        FRAME, title=folder.resolve().name, subtitle=" · ".join([*parts, ran_on["devices"]]),
+        FRAME, title=folder.resolve().name,
+        subtitle=f"{result['steps']:,} steps · {took} · {ran_on['devices']}",
         tiles=[(name.replace(".", " ").replace("_", " "), n) for name, n in numbers.items()],
         charts=_charts(read_rows(folder / "metrics.jsonl")), split=split,
         **{name: details.get(name, ()) for name in ("labels", "classes", "confusion")},
@@ -74,12 +70,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def result_table(
-    result: Mapping[str, Any], details: Mapping[str, Any] | None = None, split: str = "test"
-) -> Table:
+def result_table(result: Mapping[str, Any], details: Mapping[str, Any], split: str) -> Table:
     """The figures of `split` for the terminal; with the `classes` of `details`, a row for each."""
-    numbers = _numbers(result.get(split, {}))
-    if not details or "classes" not in details:
+    numbers = _numbers(result[split])
+    if "classes" not in details:
         table = Table(split, "")
         for name, number in numbers.items():
             table.add_row(name, number)
@@ -104,13 +98,12 @@ def _numbers(tree: dict[str, Any]) -> dict[str, str]:
 
 def _charts(logged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def points(name: str) -> Points:
-        return [
-            (row["step"], row[name]) for row in logged if isinstance(row.get(name), int | float)
-        ]
+        return [(row["step"], row[name]) for row in logged
+                if isinstance(row.get(name), int | float)]
 
     train = points("train/loss")
-    losses = [("train/loss", train, "raw"), ("train/loss, smoothed", _smooth(train), "line")]
-    losses.append(("eval/loss", points("eval/loss"), "dots"))
+    losses = [("train/loss", train, "raw"), ("train/loss, smoothed", _smooth(train), "line"),
+              ("eval/loss", points("eval/loss"), "dots")]
     names = sorted({k for row in logged for k in row if k.startswith("eval/")} - {"eval/loss"})
     shares = [(n, points(n), "dots") for n in names if all(0 <= v <= 1 for _, v in points(n))]
     both = (("Loss", losses), ("Evaluation", shares[: len(COLOURS)]))

@@ -43,17 +43,9 @@ class Tracker:
             sink.close()
 
 
-def open_tracker(
-    folder: Path,
-    total_steps: int,
-    restored_step: int | None = None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    tensorboard: bool = True,
-    wandb_project: str = "",
-    terminal: bool = True,
-    about: str = "",
-) -> Tracker:
+def open_tracker(folder: Path, total_steps: int, restored_step: int | None = None, *,
+                 config: Mapping[str, Any] | None = None, tensorboard: bool = True,
+                 wandb_project: str = "", about: str = "") -> Tracker:
     """The tracker of the run in `folder`; on a process other than 0, one that does nothing.
 
     Rows after `restored_step` are dropped, all of them when it is None (a run from the start).
@@ -69,8 +61,7 @@ def open_tracker(
         sinks.append(TensorBoard(folder / "tensorboard", restored_step))
     if wandb_project:
         sinks.append(WeightsAndBiases(folder, wandb_project, config or {}))
-    if terminal:
-        sinks.append(Terminal(total_steps, restored_step or 0, about=about))
+    sinks.append(Terminal(total_steps, restored_step or 0, about=about))
     return Tracker(*sinks)
 
 
@@ -128,10 +119,8 @@ class TensorBoard:
                 del sys.modules["torch"]
         purge = 0 if restored_step is None else restored_step + 1
         # The suffix: names of the same second would be the same, and the later run's file win.
-        suffix = f".{purge}"
-        self._writer = SummaryWriter(
-            str(folder), purge_step=purge, flush_secs=5, filename_suffix=suffix
-        )
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=5,
+                                     filename_suffix=f".{purge}")
 
     def log(self, step: int, values: Values) -> None:
         for name, value in values.items():
@@ -147,10 +136,8 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError(
-            "logging to Weights & Biases needs its package: `pip install wandb`, or leave the "
-            "project empty in the config"
-        ) from error
+        raise UserError("logging to Weights & Biases needs its package: `pip install wandb`, or "
+                        "leave the project empty in the config") from error
     return wandb
 
 
@@ -162,13 +149,8 @@ class WeightsAndBiases:
         if not path.exists():
             write_text_atomic(path, uuid.uuid4().hex[:12])
         self._run = import_wandb().init(
-            project=project,
-            name=folder.name,
-            id=path.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(folder),
-            config=dict(config),
-        )
+            project=project, name=folder.name, id=path.read_text(encoding="utf-8").strip(),
+            resume="allow", dir=str(folder), config=dict(config))
 
     def log(self, step: int, values: Values) -> None:
         self._run.log(dict(values), step=step)
@@ -183,23 +165,20 @@ class Terminal:
     A row with `eval/` values is a line of its own in both.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None,
-                 about: str = ""):
+    def __init__(self, total_steps: int, first_step: int, console: Console | None = None, *,
+                 about: str):
         self._console = console or Console(soft_wrap=True)
         self._total, self._first, self._start = total_steps, first_step, 0.0
         self._bar: Progress | None = None
-        if about:
-            self._print(about)
+        self._print(about)
         if first_step:
             self._print(f"going on from step {first_step} of {total_steps}")
         if self._console.is_terminal and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(None),
                 TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
-                console=self._console, expand=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=total_steps, numbers="")
-            self._bar.update(self._task, completed=first_step)
+                console=self._console, expand=True)
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step, numbers="")
             self._bar.start()
 
     def log(self, step: int, values: Values) -> None:
@@ -208,9 +187,8 @@ class Terminal:
             self._print(f"step {step}  " + "  ".join(f"{n} {v:.4f}" for n, v in evals.items()))
         if "train/loss" not in values:
             return
-        numbers = f"loss {values['train/loss']:.4f}"
-        if (speed := values.get("train/tokens_per_second")) is not None:
-            numbers += f"  {speed:,.0f} tokens/s"
+        numbers = (f"loss {values['train/loss']:.4f}  "
+                   f"{values['train/tokens_per_second']:,.0f} tokens/s")
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:

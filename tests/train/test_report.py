@@ -67,7 +67,7 @@ def test_the_page_has_it_all_and_needs_nothing_else(tmp_path):
          "probability": 0.60},
         {"text": "太差了", "label": "负面", "predicted": "正面", "probability": 0.97},
     ]  # fmt: skip
-    path = write_report(folder, {**test, "rows": rows})
+    path = write_report(folder, {**test, "rows": rows}, "test")
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"https?:|url\(|@import|<script|<link|<img|<iframe", text)
     page = Page(text)
@@ -86,9 +86,10 @@ def test_the_page_has_it_all_and_needs_nothing_else(tmp_path):
 def render(folder, logged=(), result=None):
     """The page of a run folder with no more than this in it."""
     write_json_atomic(folder / "config.json", {})
-    write_json_atomic(folder / "result.json", result or {})
+    write_json_atomic(folder / "result.json",
+                      {"test": {}, "steps": 100, "seconds": 9.6} | (result or {}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
-    return Page(write_report(folder).read_text(encoding="utf-8"))
+    return Page(write_report(folder, {}, "test").read_text(encoding="utf-8"))
 
 
 def test_curves_are_where_the_numbers_are(tmp_path):
@@ -101,7 +102,7 @@ def test_curves_are_where_the_numbers_are(tmp_path):
 
 def test_a_run_without_classes_or_numbers_still_renders(tmp_path):
     page = render(tmp_path, result={"test": {"perplexity": 12.34567}})
-    assert "12.35" in page.text
+    assert "12.35" in page.text and any("100 steps · 10 s" in part for part in page.text)
     assert "Confusion matrix" not in page.text and "Loss" not in page.text
     assert "Loss" in render(tmp_path, [{"step": 5, "train/loss": 0.0}]).text
 
@@ -120,8 +121,8 @@ def test_the_terminal_table():
     labels = ["[red]", "正面"]
     test = classification_metrics(np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0]), labels)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(result_table({"test": {"accuracy": test["accuracy"]}}, test))
-    console.print(result_table({"test": {"perplexity": 12.3456}}))
+    console.print(result_table({"test": {"accuracy": test["accuracy"]}}, test, "test"))
+    console.print(result_table({"test": {"perplexity": 12.3456}}, {}, "test"))
     text = console.export_text()
     assert "test: accuracy 0.75" in text
     assert re.search(r"\[red\] +│ +0\.5000 +│ +1\.0000 +│ +0\.6667 +│ +1 ", text)
