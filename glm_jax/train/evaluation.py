@@ -1,5 +1,6 @@
 """One compiled function from a batch to predictions, on whatever values the parameters have now."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,27 +13,26 @@ from glm_jax.parallel.mesh import put
 from glm_jax.train.step import bind, by_path
 
 
-class Predictor:
-    """`function(model, batch)`, compiled once for each shape of batch."""
+def predictor(graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State,
+              function: Callable[[Any, Batch], Any], mesh: Mesh
+              ) -> Callable[[dict[str, jax.Array], Batch], Any]:
+    """`function(model, batch)` of the trainable parameters, by path, and a host's batch.
 
-    def __init__(self, graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State,
-                 function: Callable[[Any, Batch], Any], mesh: Mesh):
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
-        self.frozen, self.mesh = frozen, mesh
+    Compiled once for each shape of batch; the result is whole on every device, so that every
+    process can read it.
+    """
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
 
-        def run(arrays: dict[str, jax.Array], frozen: nnx.State, batch: Batch) -> Any:
-            return function(nnx.merge(graphdef, bind(template, arrays), frozen), batch)
+    def call(arrays: dict[str, jax.Array], frozen: nnx.State, batch: Batch) -> Any:
+        return function(nnx.merge(graphdef, bind(template, arrays), frozen), batch)
 
-        # Whole on every device, so that every process can read it.
-        self._run = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def on(self, arrays: dict[str, jax.Array]) -> Callable[[Batch], Any]:
-        """The function of a batch for these trainable parameters (by path)."""
-        return lambda batch: self._run(arrays, self.frozen, put(batch, self.mesh))
+    compiled = jax.jit(call, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda arrays, batch: compiled(arrays, frozen, put(batch, mesh))
 
 
-def predictor(model: nnx.Module, function: Callable[[Any, Batch], Any], mesh: Mesh
-              ) -> Callable[[Batch], Any]:
+def predictor_of(model: nnx.Module, function: Callable[[Any, Batch], Any], mesh: Mesh
+                 ) -> Callable[[Batch], Any]:
     """The function of a batch for a model as it is."""
     graphdef, parameters, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    return Predictor(graphdef, parameters, rest, function, mesh).on(by_path(parameters))
+    return functools.partial(predictor(graphdef, parameters, rest, function, mesh),
+                             by_path(parameters))

@@ -25,7 +25,7 @@ from glm_jax.tasks import Run, each
 from glm_jax.tasks.classification import Classification, Texts
 from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
-from glm_jax.train.evaluation import predictor
+from glm_jax.train.evaluation import predictor_of
 from glm_jax.train.optimizer import make_optimizer, make_schedule
 from glm_jax.train.step import by_path, init_state, judged
 
@@ -148,12 +148,12 @@ def classifier(trained: Trained, mesh: Mesh) -> tuple[Classification, Run]:
                         f"the head {trained.model.head!r}")
     task = Classification(None, trained.tokenizer, trained.shape, {}, trained.labels,
                           (1.0,) * len(trained.labels))
-    return task, predictor(trained.model, task.predict, mesh)
+    return task, predictor_of(trained.model, task.predict, mesh)
 
 
 def last_logits(trained: Trained, rows: Sequence[np.ndarray], mesh: Mesh) -> np.ndarray:
     """Logits at the last token of each row of token ids `[rows, classes or vocabulary]`."""
-    run = predictor(trained.model, lambda model, batch: model.classify(batch), mesh)
+    run = predictor_of(trained.model, lambda model, batch: model.classify(batch), mesh)
     texts = Texts(list(rows), [0] * len(rows), (1.0,))
     return each(run, texts, trained.shape, trained.tokenizer.pad_id)
 

@@ -1,6 +1,7 @@
 """The training loop: resumes, trains, evaluates, keeps the best, stops early, and exports it."""
 
 import contextlib
+import functools
 import math
 import tempfile
 import time
@@ -23,13 +24,13 @@ from glm_jax.tasks import Evaluation
 from glm_jax.train import setup
 from glm_jax.train.checkpoint import COUNTERS, Checkpoints
 from glm_jax.train.chips import chip_of
-from glm_jax.train.evaluation import Predictor
+from glm_jax.train.evaluation import predictor
 from glm_jax.train.export import export
 from glm_jax.train.flops import Flops, training_flops
-from glm_jax.train.optimizer import make_optimizer, make_schedule
+from glm_jax.train.optimizer import make_schedule
 from glm_jax.train.profile import Profile
 from glm_jax.train.report import write_report
-from glm_jax.train.step import by_path, init_state, judged, make_step
+from glm_jax.train.step import by_path, judged
 from glm_jax.train.trackers import Tracker, import_wandb, open_tracker
 
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -102,15 +103,10 @@ class Loop:
             raise UserError(f"profile.start={config.profile.start}: a trace begins behind so many "
                             f"steps, and there are {self.steps}")
         self.schedule = make_schedule(config.optimizer, self.steps)
-        optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.state = init_state(by_path(parts.trainable), optimizer, run.mesh,
-                                config.optimizer.ema, config.optimizer.offload)
-        self.step_function = make_step(parts.graphdef, parts.trainable, task.loss, optimizer,
-                                       self.state, seed=config.seed,
-                                       accumulate=config.batch.accumulate,
-                                       ema=config.optimizer.ema)
-        self.predictor = Predictor(parts.graphdef, parts.trainable, parts.frozen, task.predict,
-                                   run.mesh)
+        self.state, self.step_function = setup.make_training(config, parts, task.loss,
+                                                             self.schedule, run.mesh)
+        self.predict = predictor(parts.graphdef, parts.trainable, parts.frozen, task.predict,
+                                 run.mesh)
         trained = by_path(parts.trainable)
         self.flops = training_flops(parts.model(trained), trained)
         self.data = stream(batches)
@@ -218,7 +214,7 @@ class Loop:
         return better
 
     def evaluate(self, split: str) -> Evaluation:
-        return self.task.evaluate(self.predictor.on(judged(self.state)), split)
+        return self.task.evaluate(functools.partial(self.predict, judged(self.state)), split)
 
     def finish(self, step: int) -> Finished:
         """Restores the best step, measures it on the final split, exports it and reports."""

@@ -30,8 +30,8 @@ from glm_jax.train.chips import Topology
 from glm_jax.train.estimate import Pieces
 from glm_jax.train.flops import training_flops
 from glm_jax.train.hlo import Collective, collectives
-from glm_jax.train.optimizer import make_optimizer, make_schedule
-from glm_jax.train.step import by_path, init_state, make_step
+from glm_jax.train.optimizer import make_schedule
+from glm_jax.train.step import by_path
 
 GIB = 2**30
 
@@ -100,17 +100,15 @@ class Plan:
             "chip_hours": self.hours * self.chips}
 
 
-def mesh_for(config: Any, topology: Topology) -> Mesh | AbstractMesh:
-    """The mesh of the config on all chips of a topology; abstract for GPUs.
+def mesh_for(config: Any, topology: Topology, abstract: bool) -> Mesh | AbstractMesh:
+    """The mesh of the config on all chips of a topology.
 
     Raises:
       UserError: where the config's sizes leave chips over, or need more; where `libtpu` is missing.
     """
     sizes = setup.mesh_sizes(config)
-    if topology.chip.host:
-        mesh: Any = abstract_mesh(sizes, topology.chips, topology.parts)
-    else:
-        mesh = make_mesh(sizes, _tpus(topology))
+    mesh: Any = (abstract_mesh(sizes, topology.chips, topology.parts) if abstract else
+                 make_mesh(sizes, _tpus(topology)))
     if mesh.size != topology.chips:
         asked = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         raise UserError(f"mesh: {asked or 'one device'} takes {mesh.size} of the {topology.chips} "
@@ -144,11 +142,7 @@ def pieces(config: Any, mesh: Any, slices: int = 1) -> Pieces:
     task: Any = setup.make_task(config, None)
     parts = setup.make_parts(config, task.head, task.labels, mesh, None, abstract=True)
     schedule = make_schedule(config.optimizer, config.steps or setup.MOST["steps"])
-    optimizer = make_optimizer(config.optimizer, schedule)
-    state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema,
-                       config.optimizer.offload)
-    step = make_step(parts.graphdef, parts.trainable, task.loss, optimizer, state,
-                     seed=config.seed, accumulate=config.batch.accumulate, ema=config.optimizer.ema)
+    state, step = setup.make_training(config, parts, task.loss, schedule, mesh)
     return Pieces(mesh, across_slices(mesh.shape, slices), task, parts, state,
                   setup.abstract_batch(task, mesh), step)
 
@@ -160,11 +154,8 @@ def make_plan(config: Any, topology: Topology, compiled: bool = True) -> Plan:
       UserError: for a config that can't run on the topology, whatever the memory.
     """
     setup.check_numbers(config)
-    if compiled or topology.chip.host:
-        mesh: Any = mesh_for(config, topology)
-    else:
-        mesh = abstract_mesh(setup.mesh_sizes(config), topology.chips, topology.parts)
     compiled = compiled and not topology.chip.host
+    mesh = mesh_for(config, topology, not compiled)
     with use_rules(config.mesh.rules), setup.matmul_precision(config):
         with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
             made = pieces(config, mesh, topology.parts)
@@ -313,7 +304,7 @@ def _nearer(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:
     steps: dict[str, Any] = {}
     if config.model.remat not in ("full", "offload"):
         yield (steps := {"model.remat": "full"})
-    sizes = make_sizes(config, topology)
+    sizes = abstract_mesh(setup.mesh_sizes(config), topology.chips).shape
     if sizes["data"] > 1:  # parameters in as many parts as there are
         yield (steps := steps | {"mesh.data": 1, "mesh.fsdp": sizes["data"] * sizes["fsdp"]})
     ways = sizes["data"] * sizes["fsdp"] * sizes["expert"]
@@ -328,11 +319,6 @@ def _nearer(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:
             yield steps | {"mesh.data": 1, "batch.accumulate": 1,
                            "mesh.fsdp": sizes["fsdp"] * sizes["data"] // tensor,
                            "mesh.tensor": sizes["tensor"] * tensor, "batch.rows": ways // tensor}
-
-
-def make_sizes(config: Any, topology: Topology) -> dict[str, int]:
-    """The size of each axis of the config's mesh, on all chips."""
-    return dict(abstract_mesh(setup.mesh_sizes(config), topology.chips).shape)
 
 
 def _changed(config: Any, change: Mapping[str, Any]) -> Any:
@@ -355,7 +341,7 @@ def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
     if not found:
         raise UserError(f"--search: no mesh on {topology} divides batch.rows={config.batch.rows} "
                         "and holds the parameters")
-    found.sort(key=_rank)
+    found.sort(key=lambda one: _rank(one[0]))
     if topology.chip.host:
         return [plan for plan, _ in found]
     plans: list[Plan] = []
@@ -370,7 +356,7 @@ def search(config: Any, topology: Topology, tries: int) -> list[Plan]:
     if not plans:  # no compiler, no such slice
         assert refused is not None
         raise refused
-    return sorted(plans, key=lambda plan: _rank((plan, {})))
+    return sorted(plans, key=_rank)
 
 
 def _least(config: Any, topology: Topology) -> float:
@@ -381,8 +367,8 @@ def _least(config: Any, topology: Topology) -> float:
         return estimate.held(made.state) + estimate.held(made.parts.frozen)
 
 
-def _rank(one: tuple[Plan, Any]) -> tuple[bool, float, float]:
-    return not one[0].fits, one[0].step_seconds, one[0].needs
+def _rank(plan: Plan) -> tuple[bool, float, float]:
+    return not plan.fits, plan.step_seconds, plan.needs
 
 
 def _others(config: Any, topology: Topology) -> Iterator[dict[str, Any]]:

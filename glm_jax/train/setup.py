@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -38,7 +39,8 @@ from glm_jax.tasks import Task
 from glm_jax.tasks.classification import Classification
 from glm_jax.tasks.instruction import Instruction
 from glm_jax.tasks.pretrain import Pretrain
-from glm_jax.train.step import bind, by_path
+from glm_jax.train.optimizer import make_optimizer
+from glm_jax.train.step import Loss, State, bind, by_path, init_state, make_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -237,6 +239,17 @@ def make_parts(config: Any, head: str, labels: Sequence[str], mesh: Any,
         lambda path, x: x if ".".join(map(str, path)) in exact else jax.tree.map(
             lambda a: _cast(a, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, x), frozen)
     return Parts(graphdef, trainable, frozen, lora_config)
+
+
+def make_training(config: Any, parts: Parts, loss: Loss, schedule: optax.Schedule, mesh: Any
+                  ) -> tuple[State, Any]:
+    """The state that a run begins with, and its step; without arrays where the parts have none."""
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = init_state(by_path(parts.trainable), optimizer, mesh, config.optimizer.ema,
+                       config.optimizer.offload)
+    return state, make_step(parts.graphdef, parts.trainable, loss, optimizer, state,
+                            seed=config.seed, accumulate=config.batch.accumulate,
+                            ema=config.optimizer.ema)
 
 
 def _cast(x: Any, dtype: Any) -> Any:

@@ -17,7 +17,7 @@ from glm_jax.errors import Interrupted, UserError
 from glm_jax.parallel.mesh import make_mesh
 from glm_jax.tasks import Evaluation
 from glm_jax.tasks.classification import Classification
-from glm_jax.train import loop
+from glm_jax.train import loop, setup
 from glm_jax.train.flops import Flops
 from glm_jax.train.load import load_trained
 from glm_jax.train.profile import Profile
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(smoke, tmp_p
 
 def test_steps_that_are_skipped_push_no_good_checkpoint_out(smoke, tmp_path, monkeypatch, stop_at):
     """From step 3 on each loss is infinite: step 2 stays the last, and is what is exported."""
-    make = loop.make_step
+    make = setup.make_step
 
     def make_step(*a, **how):
         step = make(*a, **how)
@@ -170,7 +170,7 @@ def test_steps_that_are_skipped_push_no_good_checkpoint_out(smoke, tmp_path, mon
                 metrics |= {"loss": np.float32("inf"), "skipped_in_a_row": 1}
             return state, {name: jax.numpy.asarray(value) for name, value in metrics.items()}
         return spoiled
-    monkeypatch.setattr(loop, "make_step", make_step)
+    monkeypatch.setattr(setup, "make_step", make_step)
     fields = {"checkpoint.every": 1, "eval.every": 2}
     stop_at(5)
     with pytest.raises(Interrupted, match=r"not saved, .* goes on from the last good"):
@@ -178,7 +178,7 @@ def test_steps_that_are_skipped_push_no_good_checkpoint_out(smoke, tmp_path, mon
     steps = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert sorted(steps) == ["1", "2"]
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "make_step", make_step)
+    monkeypatch.setattr(setup, "make_step", make_step)
     assert loop.train(smoke(**fields), tmp_path).result["best_step"] == 2
 
 
@@ -283,7 +283,7 @@ def test_rules_of_the_config_hold_in_the_step(smoke, tmp_path):
 
 
 def test_compiling_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch, capsys):
-    made, tokens = loop.make_step, []
+    made, tokens = setup.make_step, []
 
     def slow(*args, **kwargs):
         step = made(*args, **kwargs)
@@ -294,7 +294,7 @@ def test_compiling_is_not_counted_in_the_speed(smoke, tmp_path, monkeypatch, cap
             tokens.append(float(metrics["tokens"]))
             return state, metrics
         return call
-    monkeypatch.setattr(loop, "make_step", slow)
+    monkeypatch.setattr(setup, "make_step", slow)
     loop.train(smoke(**{"log.every": 3, "eval.every": 6, "checkpoint.every": 0}), tmp_path)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert found[0]["step"] == 3
