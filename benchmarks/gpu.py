@@ -125,9 +125,8 @@ class Ours:
         from glm_jax.parallel.mesh import make_mesh, put
         from glm_jax.train.chips import chip_of
         from glm_jax.train.flops import training_flops
-        from glm_jax.train.optimizer import make_optimizer
-        from glm_jax.train.setup import make_parts
-        from glm_jax.train.step import by_path, init_state, make_step
+        from glm_jax.train.setup import make_parts, make_training
+        from glm_jax.train.step import by_path
 
         raw = {"model_type": "glm4", "tie_word_embeddings": False, **SHAPES[job.shape]}
         config = common.get_config()
@@ -152,11 +151,9 @@ class Ours:
         trainable, self.frozen = (
             nnx.map_state(lambda path, x: x.replace(fill(path, x)), state)
             for state in (parts.trainable, parts.frozen))
-        optimizer = make_optimizer(config.optimizer, lambda step: 1e-4)
-        self.state = init_state(by_path(trainable), optimizer, self.mesh)
-        model = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
+        parts = parts._replace(trainable=trainable)
+        model = nnx.merge(*parts[:3])
         self.flops, self.kernel = training_flops(model, by_path(trainable)), model.compute.kernel
-        del trainable
         chip = chip_of(jax.devices()[0].device_kind)
         self.peak = chip and chip.flops
 
@@ -169,10 +166,8 @@ class Ours:
                   for row in texts(job)]
         shape = shape_for(architecture_of(raw).config.from_dict(raw), job.rows, job.length,
                           max(map(len, pieces)))
-        with jax.set_mesh(self.mesh):
-            self.batch = put(assemble(pieces, shape, 0), self.mesh)
-            self.function = make_step(parts.graphdef, parts.trainable, loss, optimizer, self.state,
-                                      seed=0)
+        self.batch = put(assemble(pieces, shape, 0), self.mesh)
+        self.state, self.function = make_training(config, parts, loss, lambda step: 1e-4, self.mesh)
 
     def step(self) -> float:
         """Trains once more on the batch; its loss, when it is done."""

@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.sides import Job, Ours, Theirs  # noqa: E402
+from benchmarks.sides import Ours, Theirs  # noqa: E402
 from benchmarks.throughput import (  # noqa: E402
     best_threads,
     grouped_order,
@@ -102,7 +102,7 @@ def count(parts: list[Any]) -> np.ndarray:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from glm_jax.data.packing import Batches, assemble, plan, stream
     rows, shape = examples(args)
-    ours, theirs = Ours(args.model, Job("lm")), Theirs(args.model, Job("lm"))
+    ours, theirs = Ours(args.model, "lm"), Theirs(args.model, "lm")
     lengths = rows.lengths(0)
     epoch = plan(lengths, shape, np.random.default_rng(0))
     mean = float(lengths.sum() / len(epoch))

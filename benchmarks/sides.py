@@ -1,8 +1,9 @@
 """The sides of throughput.py and packing.py: LoRA by glm-jax and by Transformers + PEFT alike.
 
-A side is built from a folder and a `Job`; `feed` turns token rows into its batch, `step` trains on
-it and returns the loss, finished. As a program it runs one side alone in a fresh process and prints
-what it measured, as JSON (see `alone`).
+LoRA on every linear layer, AdamW, clipped, float32. A side is built from a folder and a head:
+"sequence", a review's class of two, or "lm", every next token. `feed` turns token rows into its
+batch, `step` trains on it and returns the loss, finished. As a program it runs one side alone in a
+fresh process and prints what it measured, as JSON (see `alone`).
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,59 +23,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
-class Job(NamedTuple):
-    """What is trained: LoRA of rank `r` on every linear layer, AdamW, clipped, float32.
-
-    Attributes:
-      head: "sequence", a review's class; "lm", every next token.
-      labels: how many classes.
-      seed: of the adapter's random A.
-    """
-
-    head: str = "sequence"
-    labels: int = 2
-    r: int = 8
-    alpha: int = 16
-    learning_rate: float = 1e-3
-    seed: int = 0
+RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-3
 
 
 class Ours:
     """glm-jax, through the trainer's own step."""
 
-    name = "glm-jax"
-
-    def __init__(self, folder: str, job: Job, threads: int = 0):
-        import jax
+    def __init__(self, folder: str, head: str = "sequence", threads: int = 0):
         from ml_collections import ConfigDict
 
         from configs import common
         from glm_jax.convert.released import read_json
         from glm_jax.data.tokenizer import load_tokenizer
         from glm_jax.parallel.mesh import make_mesh
-        from glm_jax.train.optimizer import make_optimizer
-        from glm_jax.train.setup import make_parts
-        from glm_jax.train.step import by_path, init_state, make_step
+        from glm_jax.train.setup import make_parts, make_training
 
-        self.job, self.pad_id = job, int(read_json(Path(folder) / "config.json")["pad_token_id"])
+        self.head, self.pad_id = head, int(read_json(Path(folder) / "config.json")["pad_token_id"])
         config: ConfigDict = common.get_config()
-        config.model.path, config.seed = folder, job.seed
-        config.adapter.update(r=job.r, alpha=job.alpha, targets=TARGETS)
-        config.trainable = ("adapter", "score") if job.head == "sequence" else ("adapter",)
+        config.model.path = folder
+        config.adapter.update(r=RANK, alpha=ALPHA, targets=TARGETS)
+        config.trainable = ("adapter", "score") if head == "sequence" else ("adapter",)
         self.mesh = make_mesh()
-        labels = [str(n) for n in range(job.labels)] if job.head == "sequence" else []
-        tokenizer = load_tokenizer(folder)
-        parts = make_parts(config, job.head, labels, self.mesh, tokenizer)
+        labels = ["0", "1"] if head == "sequence" else []
+        parts = make_parts(config, head, labels, self.mesh, load_tokenizer(folder))
         self.frozen = parts.frozen
-        optimizer = make_optimizer(config.optimizer, lambda step: job.learning_rate)
-        self.state = init_state(by_path(parts.trainable), optimizer, self.mesh)
-        with jax.set_mesh(self.mesh):
-            self.function = make_step(parts.graphdef, parts.trainable, self.loss, optimizer,
-                                      self.state, seed=job.seed)
+        self.state, self.function = make_training(config, parts, self.loss,
+                                                  lambda step: LEARNING_RATE, self.mesh)
 
     def loss(self, model: Any, batch: Any, key: Any) -> Any:
         from glm_jax.nn.loss import classification_loss, cross_entropy
-        if self.job.head == "sequence":
+        if self.head == "sequence":
             return classification_loss(model.classify(batch, key), batch.labels,
                                        batch.label_weights)
         return cross_entropy(model(batch, key=key)[0], model.vocabulary_kernel(), batch.targets,
@@ -88,7 +66,7 @@ class Ours:
 
     def piece(self, row: np.ndarray, label: int) -> Any:
         from glm_jax.data.packing import Piece
-        if self.job.head == "sequence":
+        if self.head == "sequence":
             return Piece(row, label=label)
         weights = np.ones(len(row), np.float32)
         weights[-1] = 0
@@ -110,9 +88,8 @@ class Ours:
 class Theirs:
     """Transformers + PEFT, in the plain loop that the Trainer runs."""
 
-    name = "Transformers + PEFT"
-
-    def __init__(self, folder: str, job: Job, threads: int = 0, compiled: bool = False):
+    def __init__(self, folder: str, head: str = "sequence", threads: int = 0,
+                 compiled: bool = False):
         import torch
         import transformers
         from peft import LoraConfig, get_peft_model
@@ -120,24 +97,23 @@ class Theirs:
         transformers.logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
-        torch.manual_seed(job.seed)
-        self.torch, self.job = torch, job
+        torch.manual_seed(0)
+        self.torch, self.head = torch, head
         how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        if job.head == "sequence":
+        if head == "sequence":
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=job.labels, **how)
+                folder, num_labels=2, **how)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
             model.config.use_cache = False
         self.pad_id = model.config.pad_token_id
-        sequence = job.head == "sequence"
         model = get_peft_model(model, LoraConfig(
-            r=job.r, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=list(TARGETS),
-            modules_to_save=["score"] if sequence else None,
-            task_type="SEQ_CLS" if sequence else "CAUSAL_LM"))
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS),
+            modules_to_save=["score"] if head == "sequence" else None,
+            task_type="SEQ_CLS" if head == "sequence" else "CAUSAL_LM"))
         model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=job.learning_rate,
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE,
                                            weight_decay=0.01, fused=True)
         self.model = torch.compile(model, dynamic=True) if compiled else model
 
@@ -149,13 +125,13 @@ class Theirs:
         mask = np.zeros((len(rows), length), np.int64)
         for r, row in enumerate(rows):
             tokens[r, :len(row)], mask[r, :len(row)] = row, 1
-        target = np.where(mask, tokens, -100) if self.job.head == "lm" else np.array(labels)
+        target = np.where(mask, tokens, -100) if self.head == "lm" else np.array(labels)
         return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask),
                 "labels": torch.from_numpy(target)}
 
     def step(self, *parts: Any) -> float:
         """A step over micro-batches: the loss is the mean over all that they learn, as ours is."""
-        first = int(self.job.head == "lm")  # the first token of a row is no target
+        first = int(self.head == "lm")  # the first token of a row is no target
         learned = [int((part["labels"].T[first:] >= 0).sum()) for part in parts]
         total = 0.0
         for part, count in zip(parts, learned, strict=True):
@@ -189,7 +165,7 @@ def since_start() -> float:
 _STARTED = time.monotonic()
 
 
-def alone(side: str, folder: str, data: str, job: Job, steps: int, threads: int) -> dict[str, Any]:
+def alone(side: str, folder: str, data: str, head: str, steps: int, threads: int) -> dict[str, Any]:
     """One side in this process: seconds to the first step, peak memory, dispatch time.
 
     Args:
@@ -208,7 +184,7 @@ def alone(side: str, folder: str, data: str, job: Job, steps: int, threads: int)
     imported = resident()
     arrays = np.load(data)
     count, _, length = arrays["tokens"].shape
-    runner: Any = (Ours if side == "ours" else Theirs)(folder, job, threads)
+    runner: Any = (Ours if side == "ours" else Theirs)(folder, head, threads)
     batches = [runner.feed(list(arrays["tokens"][n].astype(np.int32)), list(arrays["labels"][n]),
                            length) for n in range(count)]
     losses = [runner.step(batches[0])]
@@ -236,7 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
-    result = alone(args.side, args.model, args.data, Job(args.head), args.steps, args.threads)
+    result = alone(args.side, args.model, args.data, args.head, args.steps, args.threads)
     print(json.dumps(result))
 
 

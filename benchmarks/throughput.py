@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.sides import Job, Ours, Theirs  # noqa: E402
+from benchmarks.sides import Ours, Theirs  # noqa: E402
 from glm_jax.parallel.host import use_huge_pages  # noqa: E402
 
 PARTS = ("step", "examples", "memory", "start")
@@ -280,8 +280,7 @@ def main() -> None:
     result: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "machine": machine()}
     if {"step", "examples"} & set(wanted):
         data = reviews(args.model, args.data)
-        job = Job()
-        sides = Ours(args.model, job), Theirs(args.model, job, compiled=args.torch_compile)
+        sides = Ours(args.model), Theirs(args.model, compiled=args.torch_compile)
         result["step"] = measure_step(args, *sides, *data)  # finds the number of threads too
         if "examples" in wanted:
             result["examples"] = measure_examples(args, *sides, *data)

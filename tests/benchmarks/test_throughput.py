@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.sides import Job, Ours, Theirs
+from benchmarks.sides import Ours, Theirs
 from benchmarks.throughput import ROOT
 
 pytest.importorskip("peft")
@@ -30,7 +30,7 @@ def test_both_sides_have_the_same_loss_on_the_same_batch(head: str, toy_model: s
     rng = np.random.default_rng(0)
     rows = [rng.integers(10, 1000, size).astype(np.int32) for size in (5, 9, 12, 7) * 2]
     labels = [0, 1, 1, 0] * 2
-    ours, theirs = Ours(toy_model, Job(head)), Theirs(toy_model, Job(head), threads=1)
+    ours, theirs = Ours(toy_model, head), Theirs(toy_model, head, threads=1)
     mine, other = ours.feed(rows, labels, 12), theirs.feed(rows, labels, 12)
     if head == "sequence":  # each side draws its own
         score = theirs.model.base_model.model.score.modules_to_save["default"].weight
