@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from glm_jax.models.config import MultiHeadConfig
+from glm_jax.models.head import Headed
 from glm_jax.models.weights import Weight, linear, transformer
 from glm_jax.nn.attention import Cache, Mask
 from glm_jax.nn.batch import Array, Batch, blank_batch
-from glm_jax.nn.blocks import MLP, Keys, SelfAttention, pooled, run
+from glm_jax.nn.blocks import MLP, Keys, SelfAttention, run
 from glm_jax.nn.compute import Compute
 from glm_jax.nn.layers import Embedding, LayerNorm, Linear, gelu_tanh, stack
 from glm_jax.nn.rotary import rotate_halves
@@ -59,19 +60,13 @@ class ChatGLM6BConfig(MultiHeadConfig):
                            "tie_word_embeddings": (True,)}
     streams: ClassVar = 2
     max_position_embeddings = property(lambda self: self.max_sequence_length)
+    num_hidden_layers = property(lambda self: self.num_layers)
+    start_token_id = property(lambda self: self.bos_token_id)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         first = FIRST_IDS if raw.get("vocab_size") == FIRST_VOCABULARY else {}
         return super().from_dict({**first, **raw})
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.num_layers
-
-    @property
-    def start_token_id(self) -> int:
-        return self.bos_token_id
 
     @property
     def alpha(self) -> float:
@@ -118,7 +113,7 @@ class Layer(nnx.Module):
         return self.alpha * x + self.mlp(x, keys[4:]), kv
 
 
-class ChatGLM6B(nnx.Module):
+class ChatGLM6B(Headed):
     """The decoder and one head.
 
     Args:
@@ -148,20 +143,6 @@ class ChatGLM6B(nnx.Module):
                       "batch", "length", None)
         x, cache = run(self.layers, self.compute, x, batch, cache, key, tables)
         return self.norm(x), cache
-
-    def vocabulary_kernel(self) -> jax.Array:
-        """The language-model head's kernel `[hidden, vocabulary]`."""
-        return self.embed_tokens.embedding[...].T
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """The head on hidden states `[..., hidden] -> [..., vocabulary or labels]`, float32."""
-        if self.head == "lm":
-            return (hidden @ self.vocabulary_kernel().astype(hidden.dtype)).astype(jnp.float32)
-        return self.score(hidden).astype(jnp.float32)
-
-    def classify(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Logits `[batch, examples, labels]` float32 at the last token of each example."""
-        return self.logits(pooled(self(batch, key=key)[0], batch))
 
 
 def as_batch(config: ChatGLM6BConfig, tokens: Array, attention_mask: Array | None = None) -> Batch:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from glm_jax.errors import UserError
 from glm_jax.models.config import Config, want_parts
+from glm_jax.models.head import Headed
 from glm_jax.nn.attention import Cache, Mask, attention
 from glm_jax.nn.batch import Array, Batch
 from glm_jax.nn.compute import Compute
@@ -236,7 +237,7 @@ class Layer(nnx.Module):
         return constrain(x + out, "batch", "length", None), kv, load
 
 
-class Decoder(nnx.Module):
+class Decoder(Headed):
     """The decoder and one head.
 
     Args:
@@ -272,15 +273,12 @@ class Decoder(nnx.Module):
         """
         return self._run(batch, cache, key)[:2]
 
-    def expert_load(self, batch: Batch) -> jax.Array | None:
-        """How many real tokens of the batch choose each expert: `[expert layers, experts]` float32.
-
-        A metric: equal numbers are a balanced load. None for a model without experts.
-        """
-        return self.with_expert_load(batch)[1]
-
     def with_expert_load(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """Hidden states, as a call gives them, and the experts' load, in one pass."""
+        """Hidden states, as a call gives them, and the experts' load.
+
+        That is how many real tokens choose each expert, `[expert layers, experts]` float32; None
+        for a model without experts.
+        """
         hidden, _, load = self._run(batch, None, None, loads=self.config.dense is not None)
         return hidden, load
 
@@ -327,21 +325,3 @@ class Decoder(nnx.Module):
             return [("layers", False, slice(count))]
         stacks = [("dense_layers", False, slice(dense)), ("layers", True, slice(dense, count))]
         return [one for one in stacks if range(count)[one[2]]]
-
-    def vocabulary_kernel(self) -> jax.Array:
-        """The language-model head's kernel `[hidden, vocabulary]`."""
-        if hasattr(self, "lm_head"):
-            return self.lm_head.kernel[...]
-        return self.embed_tokens.embedding[...].T
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """The head on hidden states `[..., hidden] -> [..., vocabulary or labels]`, float32."""
-        if self.head == "lm":
-            return (hidden @ self.vocabulary_kernel().astype(hidden.dtype)).astype(jnp.float32)
-        return self.score(hidden).astype(jnp.float32)
-
-    def classify(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """Logits `[batch, examples, labels]` float32 at the last token of each example."""
-        hidden, _ = self(batch, key=key)
-        pooled = jnp.take_along_axis(hidden, jnp.asarray(batch.pool_index)[..., None], axis=1)
-        return self.logits(pooled)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from glm_jax.errors import UserError
 from glm_jax.models.config import MultiHeadConfig
+from glm_jax.models.head import Headed
 from glm_jax.models.weights import Weight, transformer
 from glm_jax.nn.attention import Cache, Mask
 from glm_jax.nn.batch import Array, Batch, blank_batch
@@ -61,6 +62,8 @@ class Glm2021Config(MultiHeadConfig):
                            "spell_length": (None,)}
     streams: ClassVar = 2
     max_position_embeddings = property(lambda self: self.max_sequence_length)
+    num_hidden_layers = property(lambda self: self.num_layers)
+    start_token_id = property(lambda self: self.sop_token_id)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -68,14 +71,6 @@ class Glm2021Config(MultiHeadConfig):
         known = _IDS.get(size if isinstance(size, int) else 0, lambda width: (None,) * 4)
         ids = dict(zip(_NAMES, known(raw.get("hidden_size")), strict=True))
         return super().from_dict({**ids, **raw})
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.num_layers
-
-    @property
-    def start_token_id(self) -> int | None:
-        return self.sop_token_id
 
 
 class Layer(nnx.Module):
@@ -93,7 +88,7 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), kv
 
 
-class Glm2021(nnx.Module):
+class Glm2021(Headed):
     """The language model, its head tied to the embedding. `head` is `"lm"`; there is no other."""
 
     def __init__(self, config: Glm2021Config, head: str = "lm", dtype: Any = jnp.float32, *,
@@ -121,14 +116,6 @@ class Glm2021(nnx.Module):
         x = constrain(x, "batch", "length", None)
         x, cache = run(self.layers, self.compute, x, batch, cache, key)
         return self.norm(x), cache
-
-    def vocabulary_kernel(self) -> jax.Array:
-        """The language-model head's kernel `[hidden, vocabulary]`."""
-        return self.embed_tokens.embedding[...].T
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """`[..., hidden] -> [..., vocabulary]`, float32."""
-        return (hidden @ self.vocabulary_kernel().astype(hidden.dtype)).astype(jnp.float32)
 
     def score(self, batch: Batch) -> jax.Array:
         """The sum of the targets' log-probabilities in each row, `[batch]` float32."""
