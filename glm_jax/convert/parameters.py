@@ -157,8 +157,12 @@ class Held:
         return self._array.dtype
 
     def at(self, place: tuple[int, ...]) -> np.ndarray:
-        array = self._array[place] if place else self._array
-        return on_host(array)
+        return on_host(self._array[place] if place else self._array)
+
+
+def held(model: nnx.Module) -> dict[str, Held]:
+    """Every parameter of a model by its dotted path, to be written."""
+    return {path: Held(param) for path, param in flat(model).items()}
 
 
 def planned(table: Iterable[Weight], parameters: Mapping[str, Parameter], dtype: Any,
@@ -203,10 +207,3 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
         raise UserError(f"{name}: {np.abs(array).max():.3g} is too large for {out.dtype}; take "
                         "bfloat16 or float32")
     return out
-
-
-def named_tensors(table: Iterable[Weight], parameters: Mapping[str, nnx.Param]
-                  ) -> Iterator[tuple[str, np.ndarray]]:
-    """The released names and arrays of these rows, one at a time."""
-    held = {path: Held(param) for path, param in parameters.items()}
-    return ((tensor.name, tensor.make()) for tensor in planned(table, held, None))

@@ -74,11 +74,7 @@ def collectives(text: str, slices: Sequence[int]) -> list[Collective]:
                 runs = times * _trips(computations, found[1], found[2], line)
                 yield from visit(found[2], runs, found[2])
                 continue
-            for called in re.findall(r" call\(.*to_apply=%?([\w.\-]+)|branch_computations={([^}]*)}"
-                                     r"|(?:true|false)_computation=%?([\w.\-]+)", line):
-                for inner in ",".join(filter(None, called)).split(","):
-                    yield from visit(inner.strip(" %"), times, inner)
-            for inner in re.findall(r"calls=%?([\w.\-]+)", line):
+            for inner in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
                 yield from visit(inner, times, loop)
     return list(dict(visit(entry, 1, entry)).values())
 
