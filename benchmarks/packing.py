@@ -15,10 +15,12 @@ a row, also between examples that don't see each other: 512 is what both are tra
 """
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,9 @@ from benchmarks.sides import Ours, Theirs  # noqa: E402
 from benchmarks.throughput import (  # noqa: E402
     best_threads,
     grouped_order,
+    in_turn,
     machine,
-    median,
-    timed,
+    ratio,
 )
 from glm_jax.parallel.host import use_huge_pages  # noqa: E402
 
@@ -139,11 +141,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 done += count(batch)[0]
         return done
 
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, rate in rates.items():
-            seconds, done = timed(lambda name=name: work(name))  # type: ignore[misc]
-            rate.append(done / seconds)
+    rates = in_turn(args.rounds, {name: functools.partial(work, name) for name in steps})
     taken = args.rounds * args.steps
     return {
         "examples": len(rows.ids), "tokens": int(lengths.sum()), "longest": int(lengths.max()),
@@ -155,8 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_a_step": {"packed": mean, **{name: int(total[0]) / taken
                                              for name, total in counts.items()}},
         "tokens_a_second": {name: median(rate) for name, rate in rates.items()},
-        "ratio": {name: median([a / b for a, b in zip(rates["packed"], rates[name], strict=True)])
-                  for name in counts}}
+        "ratio": {name: ratio(rates["packed"], rates[name]) for name in counts}}
 
 
 def show(result: dict[str, Any]) -> None:

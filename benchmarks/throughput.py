@@ -12,18 +12,19 @@ the number of threads that is fastest here. The two sides alternate; figures are
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -78,14 +79,20 @@ def reviews(folder: str, source: str) -> tuple[list[np.ndarray], list[int]]:
             [names.index(e.label) for e in examples])
 
 
-def timed(work: Callable[[], float]) -> tuple[float, float]:
-    started = time.perf_counter()
-    done = work()
-    return time.perf_counter() - started, done
+def in_turn(rounds: int, sides: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """How much each side does a second, round by round; a side returns how much it has done."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            done = side()
+            rates[name].append(done / (time.perf_counter() - started))
+    return rates
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+def ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return median([a / b for a, b in zip(ones, others, strict=True)])
 
 
 def best_threads(theirs: Any, batch: Any, asked: int) -> dict[str, float]:
@@ -95,7 +102,8 @@ def best_threads(theirs: Any, batch: Any, asked: int) -> dict[str, float]:
     for threads in [asked] if asked else range(1, len(os.sched_getaffinity(0)) + 1):
         torch.set_num_threads(threads)
         theirs.step(batch)
-        seconds[str(threads)] = min(timed(lambda: bool(theirs.step(batch)))[0] for _ in range(3))
+        rates = in_turn(3, {"theirs": lambda: len([theirs.step(batch)])})
+        seconds[str(threads)] = 1 / max(rates["theirs"])
     torch.set_num_threads(int(min(seconds, key=lambda name: seconds[name])))
     return seconds
 
@@ -111,15 +119,13 @@ def measure_step(args: argparse.Namespace, ours: Ours, theirs: Theirs,
         batches.append((ours.feed(*part, args.length), theirs.feed(*part, args.length)))
     ours.step(batches[0][0])
     threads = best_threads(theirs, batches[0][1], args.threads)
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(args.rounds):
-        for name, side, which in (("ours", ours, 0), ("theirs", theirs, 1)):
-            seconds[name].append(timed(lambda side=side, which=which: len(  # type: ignore[misc]
-                [side.step(b[which]) for b in batches]))[0] / len(batches))
+    rates = in_turn(args.rounds, {"ours": lambda: len([ours.step(a) for a, _ in batches]),
+                                  "theirs": lambda: len([theirs.step(b) for _, b in batches])})
+    seconds = {name: [1 / rate for rate in found] for name, found in rates.items()}
     return {"rows": args.rows, "length": args.length, "torch_step_s_by_threads": threads,
             "seconds_a_step": seconds,
             "ours_s": median(seconds["ours"]), "theirs_s": median(seconds["theirs"]),
-            "ratio": median([a / b for a, b in zip(*seconds.values(), strict=True)]),
+            "ratio": ratio(seconds["ours"], seconds["theirs"]),
             "ratio_of_minima": min(seconds["ours"]) / min(seconds["theirs"])}
 
 
@@ -166,21 +172,16 @@ def measure_examples(args: argparse.Namespace, ours: Ours, theirs: Theirs,
             done += mean if name == "ours" else len(part["labels"])
         return done
 
-    rates: dict[str, list[float]] = {name: [] for name in batches}
-    for name in rates:
+    for name in batches:
         steps(name, 2)
     if args.torch_compile:
         steps("theirs", 4)
-    for _ in range(args.rounds):
-        for name, rate in rates.items():
-            seconds, done = timed(lambda name=name: steps(name, args.steps))  # type: ignore[misc]
-            rate.append(done / seconds)
+    rates = in_turn(args.rounds, {name: functools.partial(steps, name, args.steps)
+                                  for name in batches})
     middle = {name: median(rate) for name, rate in rates.items()}
     return {"examples_a_step": size, "ours_fill": fill, "examples_a_second": rates, **middle,
-            "ratio": median([a / b for a, b in
-                             zip(rates["ours"], rates["theirs"], strict=True)]),
-            "ratio_grouped": median([a / b for a, b in
-                                     zip(rates["ours"], rates["theirs_grouped"], strict=True)])}
+            "ratio": ratio(rates["ours"], rates["theirs"]),
+            "ratio_grouped": ratio(rates["ours"], rates["theirs_grouped"])}
 
 
 def random_model(folder: Path, like: str, **fields: Any) -> str:
