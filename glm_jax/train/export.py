@@ -17,14 +17,13 @@ def export(config: Any, model: Any, lora_config: LoRAConfig | None, tokenizer: T
 
     Returns the folder's name; "" for an architecture that Hugging Face does not have.
     """
+    files = model_files(model, tokenizer, config.batch.length)
     if lora_config is not None:
-        save_adapter(model, workdir / "adapter", lora_config, base=config.model.path,
-                     files=model_files(model, tokenizer, config.batch.length))
+        save_adapter(model, workdir / "adapter", lora_config, base=config.model.path, files=files)
         return "adapter"
     if not architecture_of(model.config.to_dict()).classes:
         return ""
-    save_model(model, workdir / "model",
-               files=model_files(model, tokenizer, config.batch.length))
+    save_model(model, workdir / "model", files=files)
     return "model"
 
 

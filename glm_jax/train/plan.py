@@ -139,7 +139,7 @@ def _tpus(topology: Topology) -> Any:
 def pieces(config: Any, mesh: Any, slices: int = 1) -> Pieces:
     """What a run of `config` compiles on this mesh in so many slices; within `use_rules`."""
     setup.check_rows(config, mesh)
-    task: Any = setup.make_task(config, None)
+    task = setup.make_task(config, None)
     parts = setup.make_parts(config, task.head, task.labels, mesh, None, abstract=True)
     schedule = make_schedule(config.optimizer, config.steps or setup.MOST["steps"])
     state, step = setup.make_training(config, parts, task.loss, schedule, mesh)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -298,36 +297,31 @@ def matmul_precision(config: Any) -> contextlib.AbstractContextManager[Any]:
                         ) from None
 
 
-def make_task(config: Any, tokenizer: Tokenizer | None, mesh: Mesh | None = None) -> Task:
+def make_task(config: Any, tokenizer: Any, mesh: Mesh | None = None) -> Task:
     """The task with its data, of which this process makes its rows of `mesh`.
 
-    Without a tokenizer only what a step is compiled from.
+    Without a tokenizer (None) only what a step is compiled from.
     """
-    batch = config.batch
+    batch, kind = config.batch, config.task.name
     own = None if mesh is None else own_rows(batch.rows, mesh)
-    if config.task.name in ("classification", "instruction"):
-        architecture, raw = raw_config(config)
-        shape = shape_for(architecture.config.from_dict(raw), batch.rows, batch.length,
-                          batch.examples)._replace(own=own)
-        if tokenizer is None:
-            bare: Any = functools.partial(Classification, labels=("0", "1"), class_weights=(1, 1))
-            bare = bare if config.task.name == "classification" else Instruction
-            return bare(config.task, None, shape, {})
-        if config.task.name == "classification":
-            return Classification.load(config.task, tokenizer, shape, config.seed)
-        return Instruction.load(config.task, tokenizer, shape,
-                                chats(tokenizer, _ends(config, raw)))
-    if config.task.name == "pretrain":
-        architecture, raw = raw_config(config)
-        if architecture.config.streams > 1:  # a blank's second position: its data has none
+    if kind not in ("classification", "instruction", "pretrain"):
+        raise UserError(f"task.name={kind!r}: choose 'classification', 'instruction' or 'pretrain'")
+    architecture, raw = raw_config(config)
+    read = architecture.config.from_dict(raw)
+    if kind == "pretrain":
+        if read.streams > 1:  # a blank's second position: its data has none
             raise UserError("task.name='pretrain': its texts have one position a token, and "
                             f"{architecture.name} takes two")
         shape = Shape(batch.rows, batch.length, batch.length, own=own)
         if config.task.summaries:
-            shape = shape._replace(examples=batch.examples, features=raw["hidden_size"])
-        return Pretrain(config.task, tokenizer, shape, config.seed)  # type: ignore[arg-type]
-    raise UserError(f"task.name={config.task.name!r}: choose 'classification', 'instruction' or "
-                    "'pretrain'")
+            shape = shape._replace(examples=batch.examples, features=read.hidden_size)
+        return Pretrain(config.task, tokenizer, shape, config.seed)
+    shape = shape_for(read, batch.rows, batch.length, batch.examples)._replace(own=own)
+    if kind == "classification":
+        return (Classification.load(config.task, tokenizer, shape, config.seed) if tokenizer else
+                Classification(config.task, tokenizer, shape, {}, ("0", "1"), (1, 1)))
+    return (Instruction.load(config.task, tokenizer, shape, chats(tokenizer, _ends(config, raw)))
+            if tokenizer else Instruction(config.task, tokenizer, shape, {}))
 
 
 def _ends(config: Any, raw: Mapping[str, Any]) -> list[int]:

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import chat
+from configs import chat, pretrain
 from glm_jax.convert.hf import init_model, save_model
 from glm_jax.data.tokenizer import load_tokenizer
 from glm_jax.errors import UserError
 from glm_jax.models import architecture_of
+from glm_jax.models.glm import GlmConfig
 from glm_jax.parallel.mesh import make_mesh
 from glm_jax.train import plan, setup
 from glm_jax.train.chips import topology
@@ -145,6 +146,13 @@ def test_texts_longer_than_the_models_positions(smoke, caplog, fields, message):
     caplog.clear()
     check(**{"batch.length": 20})
     assert "positions" not in caplog.text
+
+
+def test_the_width_of_summaries_is_the_models_where_its_config_leaves_it_out():
+    config = pretrain.get_config()
+    del config.model.config.hidden_size
+    config.task.summaries = 0.5
+    assert setup.make_task(config, None).shape.features == GlmConfig().hidden_size
 
 
 @pytest.mark.parametrize(("fields", "name"), [
