@@ -31,12 +31,7 @@ def different(folder: Path, out: Path) -> str:
 
 
 def torch_has(name: str) -> bool:
-    """Whether transformers has a class of its own, with no remote code.
-
-    Raises:
-      UserError: where torch or transformers is not installed.
-    """
-    want_torch()
+    """Whether transformers has a class of its own, with no remote code."""
     import transformers
     return hasattr(transformers, name)
 
@@ -66,11 +61,7 @@ def torch_logits(folder: Path, head: str, rows: Sequence[np.ndarray], adapter: P
     Returns:
       logits `[tokens, classes or vocabulary]` of each row, `[1, classes]` of a text's classes;
       start and end `[tokens, 2]` of an answer; hidden states `[tokens, hidden]` without a head.
-
-    Raises:
-      UserError: where torch, transformers or peft is not installed.
     """
-    want_torch(adapter is not None)
     import torch
     import transformers
     kind = getattr(transformers, CLASSES[head])

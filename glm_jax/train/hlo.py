@@ -118,40 +118,43 @@ def _step(body: list[str], index: int) -> int:
 def _collective(line: str, found: re.Match[str], slices: Sequence[int], times: int,
                 scattered: bool) -> Collective:
     kind, start = found[1], found[2]
-    arrays = _ARRAY.findall(line[line.index(" = "):found.start()])
+    arrays = _arrays(line, found)
     if start and kind in ("all-gather", "collective-permute"):  # what goes in, what comes out, …
-        arrays = [array for array in arrays if array[1]]
+        arrays = [array for array in arrays if array[0]]
         arrays = arrays[len(arrays) // 2:]
-    shapes = tuple(tuple(map(int, filter(None, dims.split(",")))) for _, dims in arrays)
-    size = sum(math.prod(shape) * _bits(dtype) / 8
-               for (dtype, _), shape in zip(arrays, shapes, strict=True))
+    shapes, size = tuple(shape for shape, _ in arrays), sum(size for _, size in arrays)
     groups = _groups(line, len(slices))
     n = groups.shape[1]
     if scattered:  # a TPU's reduce-scatter: each device goes on with its slice of the sum
         kind, size = "reduce-scatter", size / n
-    name = re.search(r'op_name="([^"]*)"', line)
     sent = _SENT[kind](size, n)
     over = [len({slices[device] for device in group}) for group in groups]
     across = (sent * (sum(over) / len(over) - 1) if kind == "collective-permute"
               else crossing(kind, sent, n, max(over)))
-    return Collective(kind, shapes, sent, times, name[1] if name else "", across)
+    return Collective(kind, shapes, sent, times, _source(line), across)
 
 
 def _between(line: str, found: re.Match[str], slices: int, times: int) -> Collective:
     """What each device sends to the devices in its place of the other slices."""
     kind = found[1].lower().replace("_", "-")
-    (dtype, dims), *_ = _ARRAY.findall(line[line.index(" = "):found.start()])
-    shape = tuple(map(int, filter(None, dims.split(","))))
-    size = math.prod(shape) * _bits(dtype) / 8
+    (shape, size), *_ = _arrays(line, found)
     into = {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1)  # of what comes out
     sent = _SENT.get(kind, _SENT["collective-permute"])(size * into, slices)
+    return Collective(kind, (shape,), sent, times, _source(line), sent)
+
+
+def _arrays(line: str, found: re.Match[str]) -> list[tuple[tuple[int, ...], float]]:
+    """Shape and bytes of each array that the operation `found` gives."""
+    out = []
+    for dtype, dims in _ARRAY.findall(line[line.index(" = "):found.start()]):
+        shape, digits = tuple(map(int, filter(None, dims.split(",")))), re.search(r"\d+", dtype)
+        out.append((shape, math.prod(shape) * (int(digits[0]) if digits else 8) / 8))
+    return out
+
+
+def _source(line: str) -> str:
     name = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, (shape,), sent, times, name[1] if name else "", sent)
-
-
-def _bits(dtype: str) -> int:
-    digits = re.search(r"\d+", dtype)
-    return int(digits[0]) if digits else 8
+    return name[1] if name else ""
 
 
 def _groups(line: str, devices: int) -> np.ndarray:
