@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from glm_jax.convert.released import DTYPES, INDEX, SINGLE, inside
 from glm_jax.errors import UserError
+from glm_jax.parallel.processes import all_raise
 
 # The files of a checkpoint folder: weights, configs, tokenizer, model card.
 _CHECKPOINT = re.compile(
@@ -24,6 +25,7 @@ _CHECKPOINT = re.compile(
     r"|.*\.(safetensors|bin|model|jinja)|(vocab|merges)\.txt|(config|model|tok)\w*glm\.py"
     r"|quantization\.py")
 CARD = "README.md"
+_REFUSED = "the first process can't write; its message says why"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -91,12 +93,12 @@ def write_safetensors(folder: Path, tensors: Sequence[Tensor], max_shard_bytes: 
     Raises:
       UserError: where the disk has less room than they need, before anything is written.
     """
-    first, error = jax.process_index() == 0, None
+    first = jax.process_index() == 0
     total, free = sum(tensor.bytes for tensor in tensors), shutil.disk_usage(folder).free
-    if first and total > free:
-        error = UserError(f"{folder.parent}: the tensors are {total / 1e9:.2f} GB, but only "
-                          f"{free / 1e9:.2f} GB are free there")
-    _all_raise(error)
+    with all_raise(_REFUSED):
+        if first and total > free:
+            raise UserError(f"{folder.parent}: the tensors are {total / 1e9:.2f} GB, but only "
+                            f"{free / 1e9:.2f} GB are free there")
     shards = in_shards(tensors, max_shard_bytes)
     names = ([SINGLE] if len(shards) == 1 else
              [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))])
@@ -142,13 +144,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
       UserError: when nothing can be written there, the disk is full for one; or when `folder`
         holds anything else than files of a checkpoint, which would be lost.
     """
-    partial, error = Path(), None
-    if jax.process_index() == 0:
-        try:
+    partial = Path()
+    with all_raise(_REFUSED):
+        if jax.process_index() == 0:
             partial = _beside(folder)
-        except UserError as refused:
-            error = refused
-    _all_raise(error)
     if jax.process_index() > 0:
         with tempfile.TemporaryDirectory() as nowhere:
             yield Path(nowhere)
@@ -172,8 +171,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: can't be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("whole_folder")
+    multihost_utils.sync_global_devices("whole_folder")
 
 
 def check_replaceable(folder: Path) -> None:
@@ -193,14 +191,6 @@ def _beside(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror}") from None
     return partial
-
-
-def _all_raise(error: UserError | None) -> None:
-    """Raises in every process what the first one found wrong: none waits for the others."""
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(error is not None):
-        error = error or UserError("the first process can't write; its message says why")
-    if error is not None:
-        raise error
 
 
 def _foreign(folder: Path) -> str:

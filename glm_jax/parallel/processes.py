@@ -303,6 +303,20 @@ def _once(name: str) -> str:
     return f"{name} {_used[name]}"
 
 
+@contextlib.contextmanager
+def all_raise(elsewhere: str) -> Iterator[None]:
+    """Within, by all: a UserError of process 0 is one in all, in the others with this message."""
+    from jax.experimental import multihost_utils
+
+    error = None
+    try:
+        yield
+    except UserError as refused:
+        error = refused
+    if multihost_utils.broadcast_one_to_all(error is not None):
+        raise error or UserError(elsewhere)
+
+
 def check_same(what: str, fields: Mapping[str, Any]) -> None:
     """Raises a UserError in a process where a field differs from process 0's.
 

@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from glm_jax.errors import UserError
 from glm_jax.files import sha256, write_json_atomic
+from glm_jax.parallel.processes import all_raise
 
 # What the loop counts and saves beside the arrays.
 COUNTERS: dict[str, Any] = {"best": 0.0, "best_step": 0, "stale": 0, "seconds": 0.0}
@@ -294,17 +296,8 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
 
 def _from_process_0(choose: Callable[[], int]) -> int:
     """What process 0 answers, on every process; its UserError is an error on every process."""
-    if jax.process_count() == 1:
-        return choose()
-    from jax.experimental import multihost_utils
-
-    answer, failed = -2, UserError("process 0 can't restore that checkpoint: see its message")
-    if jax.process_index() == 0:
-        try:
+    answer = -1
+    with all_raise("process 0 can't restore that checkpoint: see its message"):
+        if jax.process_index() == 0:
             answer = choose()
-        except UserError as error:
-            failed = error
-    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
-    if answer == -2:
-        raise failed
-    return answer
+    return int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
