@@ -67,10 +67,7 @@ def from_pretrained(folder: str | Path, *, dtype: Any = "float32",
     _want_seed(overrides.get("seed", 0))
     if adapter is not None:
         _want("adapter", adapter, str | Path, "a path")
-        about = inspect_adapter(adapter)
-        overrides = {"head": about.head, **overrides}
-        if about.id2label:
-            overrides = {"id2label": about.id2label, **overrides}
+        overrides = inspect_adapter(adapter).base_fields | overrides
     model = load_model(folder, dtype=_dtype(dtype), mesh=where, **overrides)
     if adapter is not None:
         load_adapter(model, adapter)

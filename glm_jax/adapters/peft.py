@@ -60,6 +60,11 @@ class AdapterFolder(NamedTuple):
     head: str | None
     id2label: dict[int, str] | None
 
+    @property
+    def base_fields(self) -> dict[str, Any]:
+        """What `load_model` is to be told of the base."""
+        return {"head": self.head} | ({"id2label": self.id2label} if self.id2label else {})
+
 
 def save_adapter(model: Any, folder: str | Path, lora_config: LoRAConfig, *, base: str | Path,
                  files: Mapping[str, bytes] | None = None) -> None:

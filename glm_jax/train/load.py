@@ -225,8 +225,7 @@ def _run(folder: Path, raw: dict[str, Any], mesh: Mesh, step: int | None,
 
 def _adapter(folder: Path, mesh: Mesh, dtype: str) -> Trained:
     about, base = inspect_adapter(folder), find_base(folder)
-    names: dict[str, Any] = {"id2label": about.id2label} if about.id2label else {}
-    model = load_model(base, head=about.head, dtype=jnp.dtype(dtype), mesh=mesh, **names)
+    model = load_model(base, dtype=jnp.dtype(dtype), mesh=mesh, **about.base_fields)
     lora_config = load_adapter(model, folder)
     if ends := settings(folder, {}).get("eos_token_id"):  # where it was taught to end an answer
         model.config = setup.ending_at(model.config, ends)
