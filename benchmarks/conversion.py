@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.sides import resident  # noqa: E402
+
 STEPS = ("write", "glm", "back", "hash", "import")
 DEVICES = 8
 
@@ -134,12 +136,6 @@ CHILDREN = {"write": write, "glm": convert("chatglm", "glm", "glm"),
             "back": convert("glm", "back", "chatglm"), "hash": hashes, "import": sharded}
 
 
-def peak() -> float:
-    """This process's peak resident memory in GB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
-
-
 # --- and this starts them -----------------------------------------------------------------------
 
 def run(step: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +165,8 @@ def main() -> None:
     if args.child:
         start = time.perf_counter()
         found = CHILDREN[args.child](args)
-        print(json.dumps({"own seconds": time.perf_counter() - start, "peak GB": peak(),
+        print(json.dumps({"own seconds": time.perf_counter() - start,
+                          "peak GB": resident() * 2**20 / 1e9,
                           "CPU seconds": time.process_time(), **found}))
         return
     args.scratch.mkdir(parents=True, exist_ok=args.keep)

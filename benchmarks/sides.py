@@ -9,7 +9,6 @@ fresh process and prints what it measured, as JSON (see `alone`).
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -146,23 +145,15 @@ class Theirs:
 
 def resident() -> float:
     """The most memory that this program has held so far, in MiB."""
-    if (status := Path("/proc/self/status")).exists():  # ru_maxrss begins with the parent's there
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss begins with the parent's
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def since_start() -> float:
-    """Seconds since this process was started (Linux; elsewhere since Python ran this file)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return uptime - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError):
-        return time.monotonic() - _STARTED
-
-
-_STARTED = time.monotonic()
+    """Seconds since this process was started."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def alone(side: str, folder: str, data: str, head: str, steps: int, threads: int) -> dict[str, Any]:

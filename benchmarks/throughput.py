@@ -58,10 +58,9 @@ def flags() -> argparse.Namespace:
 
 
 def machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), cpu)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")),
+               platform.processor())
     names = ("jax", "jaxlib", "flax", "torch", "transformers", "peft")
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.platform(),
             "python": platform.python_version(), "load at the start": os.getloadavg()[0],
