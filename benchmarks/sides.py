@@ -131,7 +131,7 @@ class Theirs:
     def step(self, *parts: Any) -> float:
         """A step over micro-batches: the loss is the mean over all that they learn, as ours is."""
         first = int(self.head == "lm")  # the first token of a row is no target
-        learned = [int((part["labels"].T[first:] >= 0).sum()) for part in parts]
+        learned = [int((part["labels"][..., first:] >= 0).sum()) for part in parts]
         total = 0.0
         for part, count in zip(parts, learned, strict=True):
             loss = self.model(**part).loss * (count / sum(learned))

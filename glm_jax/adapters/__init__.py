@@ -22,13 +22,17 @@ class Adapter(Protocol):
     """What a linear layer calls when it has an attribute `adapter`."""
 
     def __call__(self, x: jax.Array, kernel: jax.Array, key: jax.Array | None = None,
-                 product: Product | None = None) -> jax.Array:
+                 product: Product | None = None, low: Any = None) -> jax.Array:
         """`[..., in]` to `[..., out]`: what the layer computes in place of `x kernel`.
 
         `key` draws the dropout; none without. `product` multiplies rows with matrices that have a
         leading axis of experts; then `kernel` and the adapter's own parameters have it, and `key`
-        is one for each row.
+        is one for each row. `low` is one of `lows`.
         """
+
+    @staticmethod
+    def lows(adapters: Sequence[Any], x: jax.Array, keys: Sequence[jax.Array | None]) -> list[Any]:
+        """What each of the adapters of layers with one input `[..., in]` takes from the others."""
 
     def merged(self, kernel: jax.Array) -> jax.Array:
         """The kernel that computes the same alone, for `kernel [..., in, out]`."""

@@ -57,7 +57,7 @@ class Trained(NamedTuple):
         if self.config is not None:
             batch = self.config.batch
             return shape_for(self.model.config, batch.rows, batch.length, batch.examples)
-        length = min(LENGTH, int(self.tokenizer.config.get("model_max_length", LENGTH)))
+        length = min(LENGTH, int(self.tokenizer.config.get("model_max_length") or LENGTH))
         return shape_for(self.model.config, 8, length, 64)
 
     def splits(self) -> dict[str, list[Example]]:

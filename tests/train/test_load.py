@@ -100,7 +100,12 @@ def test_a_run_without_an_adapter(run, mesh, variant):
     trained, wanted = predict(folder, mesh)
     assert trained.lora_config is None and wanted.shape == (3, 2)
     if variant == "full":
-        np.testing.assert_allclose(predict(folder / "model", mesh)[1], wanted, atol=1e-6)
+        path = folder / "model" / "tokenizer_config.json"
+        for length in (48, None):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+            there, found = predict(folder / "model", mesh)
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+            assert there.shape.length == (length or 512)
 
 
 def test_before_the_first_evaluation_the_last_step_is_taken(run, mesh):
