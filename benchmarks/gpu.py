@@ -21,6 +21,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -47,6 +48,8 @@ SHAPES: dict[str, dict[str, int]] = {
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1003},
 }
 SIDES = ("ours", "theirs", "compiled", "joined")
+KINDS = {"attention": "cudnn|sdpa|fmha|flash|dot_product_attention",  # by name or operation
+         "products": "gemm|nvjet|cutlass|xmma|cublas|dot_general", "copies": "copy|memcpy|memset"}
 
 
 class Job(NamedTuple):
@@ -84,6 +87,8 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--remat", default="", help="model.remat of ours; '': each job's")
     parser.add_argument("--unroll", type=int, default=-1, help="model.unroll; -1: each job's")
     parser.add_argument("--json", default="", help="where to write the figures")
+    parser.add_argument("--profile", action="store_true",
+                        help="trace two steps more of ours: time by kind, and the slowest kernels")
     parser.add_argument("--alone", action="store_true", help="one job and side, in this process")
     return parser.parse_args()
 
@@ -175,6 +180,37 @@ class Ours:
             self.state, self.metrics = self.function(self.state, self.frozen, self.batch)
         return float(self.metrics["loss"])
 
+    def profile(self, steps: int = 2) -> dict[str, Any]:
+        """Milliseconds a step by kind of kernel, and the ten slowest, how often, and their source.
+
+        What lies outside of the loss and its derivative is counted as the optimizer's.
+        """
+        with self.jax.set_mesh(self.mesh):
+            text = self.function.lower(self.state, self.frozen, self.batch).compile().as_text()
+        sources = {re.sub(r"\W", "_", name): source for name, source in re.findall(
+            r'^ *(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', text, re.MULTILINE)}
+        with tempfile.TemporaryDirectory() as folder:
+            with self.jax.profiler.trace(folder):
+                for _ in range(steps):
+                    self.step()
+            file = next(Path(folder).rglob("*.xplane.pb"))
+            planes = list(self.jax.profiler.ProfileData.from_file(str(file)).planes)
+        planes = [plane for plane in planes if plane.name.startswith("/device:GPU")] or planes
+        kernels: dict[str, list[float]] = {}
+        for event in (event for plane in planes for line in plane.lines for event in line.events
+                      if line.name.startswith("Stream") or "hlo_op" in dict(event.stats)):
+            kernels.setdefault(str(dict(event.stats).get("hlo_op", event.name)), []).append(
+                event.duration_ns / 1e6 / steps)
+        kinds, rows = dict[str, float](), []
+        for name, times in kernels.items():
+            source = sources.get(re.sub(r"\W", "_", name), "")
+            what = f"{name} {source.rsplit('/', 1)[-1]}".lower()
+            kind = next((kind for kind, names in KINDS.items() if re.search(names, what)),
+                        "elementwise" if "jvp(" in source else "optimizer" if source else "other")
+            kinds[kind] = kinds.get(kind, 0) + sum(times)
+            rows.append((sum(times), len(times) // steps, name[:60], source[-60:]))
+        return {"kinds": kinds, "slowest": sorted(rows, reverse=True)[:10]}
+
     def facts(self) -> dict[str, Any]:
         device = self.jax.devices()[0]
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -246,8 +282,8 @@ class Theirs:
                 "peak_bytes": cuda.max_memory_allocated() if self.device == "cuda" else 0}
 
 
-def alone(side: str, job: Job, steps: int) -> dict[str, Any]:
-    """Seconds of each timed step, losses, and what the side says of its device."""
+def alone(side: str, job: Job, steps: int, profile: bool = False) -> dict[str, Any]:
+    """Seconds of each timed step, losses, what the side says of its device, and its profile."""
     started = time.perf_counter()
     checkpoint = False
     runner: Any = None
@@ -272,13 +308,15 @@ def alone(side: str, job: Job, steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     return {"job": job._asdict(), "seconds": seconds, "losses": losses, "ready_s": ready,
             "checkpointing": checkpoint if side != "ours" else job.remat, **runner.facts(),
+            "profile": runner.profile() if profile and side == "ours" else None,
             "tokens_a_second": job.rows * job.length / statistics.median(seconds)}
 
 
 def measure(name: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "--alone", f"--jobs={name}", f"--sides={side}",
                f"--size={args.size}", f"--steps={args.steps}", f"--rows={args.rows}",
-               f"--remat={args.remat}", f"--unroll={args.unroll}"]
+               f"--remat={args.remat}", f"--unroll={args.unroll}",
+               *["--profile"] * args.profile]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False,
                          env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})
     if out.returncode:
@@ -293,7 +331,7 @@ def main() -> None:
         if unknown := set(asked) - set(known):
             sys.exit(f"--{what}: no {', '.join(unknown)}; there are {', '.join(known)}")
     if args.alone:
-        print(json.dumps(alone(sides[0], job_of(jobs[0], args), args.steps)))
+        print(json.dumps(alone(sides[0], job_of(jobs[0], args), args.steps, args.profile)))
         return
     from rich.console import Console
     from rich.table import Table
@@ -328,6 +366,12 @@ def main() -> None:
             table.add_row(name, side, f"{rate:,.0f}", ratio, f"{found['peak_bytes'] / 1e9:.1f}",
                           mfu, str(found["checkpointing"]), f"{found['ready_s']:.0f} s")
     console.print(table)
+    for name, by_side in results.items():
+        if found := by_side.get("ours", {}).get("profile"):
+            console.print(name, *(f"{kind} {ms:.2f} ms" for kind, ms in found["kinds"].items()),
+                          sep=" · ")
+            for ms, times, kernel, source in found["slowest"]:
+                console.print(f"{ms:9.2f} ms {times:5d} × {kernel} ({source})", markup=False)
     console.print(command, *(f"{k} {v}" for k, v in versions.items()), sep=" · ")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu import JOBS, ROOT, SHAPES, Theirs, texts
+from benchmarks.gpu import JOBS, ROOT, SHAPES, Ours, Theirs, texts
 
 pytest.importorskip("peft")
 
@@ -41,6 +41,17 @@ def test_the_peer_keeps_the_texts_of_a_row_apart():
     assert sorted(np.flatnonzero(labels == -100)) == [0, *np.cumsum(lengths)[:-1]]
     whole, alone, _ = logits("joined")
     assert np.abs(whole - alone).max() > 0.01
+
+
+def test_a_profile_tells_kinds_of_kernels_and_the_slowest():
+    ours = Ours(JOBS["lora-2b"]._replace(shape="toy", rows=2, length=64, dtype="float32"))
+    ours.step()
+    found = ours.profile()
+    assert {"products", "elementwise", "optimizer"} <= set(found["kinds"])
+    assert len(found["slowest"]) == 10
+    for ms, times, _, _ in found["slowest"]:
+        assert times >= 1 and 0 < ms <= sum(found["kinds"].values())
+    assert any(source.endswith("dot_general") for *_, source in found["slowest"])
 
 
 @pytest.mark.slow
