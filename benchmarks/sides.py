@@ -20,8 +20,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
-
-
 RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-3
 
 

@@ -1,5 +1,4 @@
-"""What the language models share: their head, on the embedding where it is tied, or a classifier's.
-"""
+"""The head of the language models: tied to the embedding, of its own, or a classifier's."""
 
 from typing import Any
 

@@ -305,7 +305,10 @@ def _once(name: str) -> str:
 
 @contextlib.contextmanager
 def all_raise(elsewhere: str) -> Iterator[None]:
-    """Within, by all: a UserError of process 0 is one in all, in the others with this message."""
+    """Within, by all: a UserError of process 0 is one in all, in the others with this message.
+
+    One of another process is its own, of which `joined` tells the rest.
+    """
     from jax.experimental import multihost_utils
 
     error = None
@@ -313,7 +316,7 @@ def all_raise(elsewhere: str) -> Iterator[None]:
         yield
     except UserError as refused:
         error = refused
-    if multihost_utils.broadcast_one_to_all(error is not None):
+    if multihost_utils.broadcast_one_to_all(error is not None) or error:
         raise error or UserError(elsewhere)
 
 

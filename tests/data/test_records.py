@@ -107,7 +107,7 @@ BAD = [
     *((f"{kind}.csv", f"text,label\n{text},1\n".encode(kind), ". Save the file as UTF-8.")
       for kind, text in (("big5", "房間很乾淨，早餐也不錯"), ("latin-1", "très agréable"),
                          ("euc_kr", "방이 깨끗하고 조식이 맛있어요"),
-                         ("euc_jp", "清潔でした。また来ます"))),
+                         ("euc_jp", "旅館の予約と料理"))),
     ("wide.csv", "text,label\n好,1\n".encode("utf-16"), "it reads as UTF-16: iconv -f UTF-16 "),
     ("nul.csv", "text,label\n好,1\n差\0,0\n", "nul.csv:3: there is a NUL byte"),
     ("broken.jsonl", '{"text": "好", "label": 1}\n\n{"text": "差" "label": 0}\n',

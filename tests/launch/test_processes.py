@@ -12,6 +12,7 @@ import types
 
 import pytest
 
+from glm_jax.errors import UserError
 from glm_jax.parallel import processes
 from tests.folders import content, rows
 from tests.launch.conftest import ROOT
@@ -385,8 +386,16 @@ def test_a_failed_look_for_the_dead_is_laid_to_process_0_only_where_it_says_so(m
 def test_a_job_may_train_twice_and_hand_on_what_is_large(program):
     both = program(2, "processes.PART, text = 7, '好' * 20", "for n in range(2):",
                    "    processes.check_same('data', {'n': n})", "    processes.see(folder)",
-                   "    assert processes.shared('text', lambda: text[n:]) == text[n:]")
+                   "    assert processes.shared('text', lambda: text[n:]) == text[n:]",
+                   "client = processes._state().client",  # 20 times \u597d and two quotes, by 7
+                   "assert client.blocking_key_value_get('text 1', 1000) == '18'")
     assert [(result.code, result.err) for result in both] == [(0, "")] * 2, both
+
+
+def test_what_one_alone_refuses_is_not_lost(monkeypatch):
+    monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", lambda _: False)
+    with pytest.raises(UserError, match="mine"), processes.all_raise("that of process 0"):
+        raise UserError("mine")
 
 
 def test_a_run_folder_of_each_ones_own(program, tmp_path):
